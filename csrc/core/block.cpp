@@ -1,0 +1,161 @@
+// Cuts a call into work items and runs them; chooses the sizes of the passes.
+#include "block.h"
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+
+#include "pack.h"
+#include "scratch.h"
+
+namespace mbv2 {
+
+#define MBV2_TIER(tier, ...) extern const TierKernels kernels_##tier;
+#include "kernels.inc"
+#undef MBV2_TIER
+
+namespace {
+
+thread_local Arena scratch;
+thread_local Arena partial_sums;  // of the calling thread; its own arena because `scratch` is in use meanwhile
+
+int64_t greatest_common_divisor(int64_t a, int64_t b) {
+  while (b) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
+int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return v < lo ? lo : v > hi ? hi : v; }
+
+struct Call {
+  const BlockArgs& args;
+  const PackedLayout layout;
+  const Plan plan;
+  const TierKernels& kernels;
+  float* partial;
+  int64_t partial_stride;              // floats between the partial sums of two splits
+  std::atomic<int64_t>* outstanding;  // splits still at work, for each image and row part
+
+  void run(int64_t index) const {
+    const int64_t split = index % plan.splits, part = index / plan.splits % plan.row_parts;
+    const int64_t group = index / plan.splits;
+    WorkItem item;
+    item.image = group / plan.row_parts;
+    item.row_begin = args.out_height * part / plan.row_parts;
+    item.row_end = args.out_height * (part + 1) / plan.row_parts;
+    const int64_t panel = layout.vector * layout.hidden_panel;
+    const int64_t panels = ceil_divide(layout.hidden_padded, panel);
+    item.hidden_begin = panels * split / plan.splits * panel;
+    const int64_t hidden_end = panels * (split + 1) / plan.splits * panel;
+    item.hidden_end = hidden_end < layout.hidden_padded ? hidden_end : layout.hidden_padded;
+    float* sums = partial ? partial + group * plan.splits * partial_stride : nullptr;
+    item.partial = sums ? sums + split * partial_stride : nullptr;
+    if (item.row_begin < item.row_end)
+      kernels.work(args, layout, plan, item, scratch.reserve(kernels.scratch_floats(args, layout, plan)));
+    if (sums && outstanding[group].fetch_sub(1, std::memory_order_acq_rel) == 1)
+      kernels.finish(args, layout, item, sums, plan.splits, partial_stride);
+  }
+};
+
+}  // namespace
+
+Arena& thread_scratch() { return scratch; }
+
+const TierKernels* tier_kernels(Tier tier) {
+  switch (tier) {
+    case Tier::portable:
+      return &kernels_portable;
+#ifdef MBV2_HAVE_AVX2
+    case Tier::avx2:
+      return &kernels_avx2;
+#endif
+#ifdef MBV2_HAVE_AVX512
+    case Tier::avx512:
+      return &kernels_avx512;
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+Plan make_plan(const BlockArgs& a, const PackedLayout& l, Tier tier, int threads) {
+  const BlockDims& d = a.dims;
+  const int64_t reach = (d.kernel - 1) * a.dilation + 1;
+  const int64_t l1 = tier == Tier::avx512 ? 48 * 1024 : 32 * 1024, l2 = 512 * 1024;
+  Plan p;
+
+  // Rows a group: enough pixels (28 or so) for full register tiles, for each load of a weight panel.
+  p.group_rows = clamp(28 / (a.out_width ? a.out_width : 1), 1, a.out_height);
+
+  // Channels a chunk: the ring, half of L1; at least one panel. Wider chunks cost less traffic of partial sums.
+  const int64_t panel = l.vector * l.hidden_panel;
+  const int64_t ring_rows = d.expand ? (p.group_rows - 1) * a.stride + reach : 0;
+  const int64_t pixels = ring_rows * (a.width + 2 * a.pad_left) + p.group_rows * a.out_width;
+  p.chunk = clamp(l1 * 3 / 4 / 4 / (pixels ? pixels : 1) / panel, 1, ceil_divide(l.hidden_padded, panel)) * panel;
+
+  // Rows a band: all of them if the sums stay in L2, so that weights are read once.
+  const int64_t row_bytes = a.out_width * l.out_padded * 4;
+  p.band_rows = a.out_height * row_bytes <= l2 / 2 ? a.out_height : clamp(l2 / 4 / row_bytes, 1, a.out_height);
+
+  // Threads: whole images if they share out evenly; else cut images by rows (the rows around a cut are expanded twice)
+  // or by hidden channels (the partial sums are written and added up by one thread), whichever costs less.
+  p.row_parts = p.splits = 1;
+  if (threads > 1 && a.batch % threads != 0 && a.batch < 4 * threads) {
+    const int64_t parts = threads / greatest_common_divisor(a.batch, threads);
+    const int64_t rows_twice = reach > a.stride ? reach - a.stride : 0;
+    const int64_t row_cost = d.expand ? rows_twice * a.width * d.in_channels * d.hidden_channels : 0;
+    const int64_t split_cost = 8 * parts * a.out_height * a.out_width * l.out_padded;
+    if (ceil_divide(l.hidden_padded, panel) >= parts && split_cost < row_cost)
+      p.splits = parts;
+    else
+      p.row_parts = clamp(parts, 1, a.out_height ? a.out_height : 1);
+  }
+  return p;
+}
+
+void run_block(const BlockArgs& args, Tier tier, const Plan& plan, const Parallel& parallel) {
+  if (args.batch == 0 || args.out_height == 0 || args.out_width == 0) return;
+  const TierKernels& kernels = *tier_kernels(tier);
+  Call call{args, packed_layout(args.dims, tier), plan, kernels, nullptr, 0, nullptr};
+  const int64_t groups = args.batch * plan.row_parts;
+  std::unique_ptr<std::atomic<int64_t>[]> outstanding;
+  if (plan.splits > 1) {
+    call.partial_stride =
+        round_up(ceil_divide(args.out_height, plan.row_parts) * args.out_width * call.layout.out_padded, 16);
+    call.partial = partial_sums.reserve(static_cast<size_t>(groups * plan.splits * call.partial_stride));
+    outstanding.reset(new std::atomic<int64_t>[static_cast<size_t>(groups)]);
+    for (int64_t i = 0; i < groups; ++i) outstanding[i].store(plan.splits, std::memory_order_relaxed);
+    call.outstanding = outstanding.get();
+  }
+  const auto body = [](void* context, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) static_cast<const Call*>(context)->run(i);
+  };
+  const int64_t items = groups * plan.splits;
+  if (items == 1 || parallel.threads == 1)
+    body(&call, 0, items);
+  else
+    parallel.parallel_for(items, &call, body);
+}
+
+double fma_peak(Tier tier, double seconds) {
+  const TierKernels& kernels = *tier_kernels(tier);
+  using Clock = std::chrono::steady_clock;
+  constexpr int64_t kIterations = 20000;
+  volatile float sink = kernels.fma_chains(kIterations);
+  double best = 0, total = 0;
+  do {
+    const auto begin = Clock::now();
+    sink = kernels.fma_chains(kIterations);
+    const double taken = std::chrono::duration<double>(Clock::now() - begin).count();
+    const double rate = 2.0 * kFmaChains * kernels.vector * kIterations / taken * 1e-9;
+    if (rate > best) best = rate;
+    total += taken;
+  } while (total < seconds);
+  (void)sink;
+  return best;
+}
+
+}  // namespace mbv2

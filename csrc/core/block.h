@@ -1,0 +1,130 @@
+// The contract between the torch-facing code (ops.cpp) and the kernels: pointers, sizes and nothing of torch.
+//
+// The block, with BatchNorm already folded into weights and biases, for one pixel p of one image:
+//
+//   e[c]    = act( b1[c] + sum_i  w1[c][i] * x[p][i] )                      expand     1x1      Cin -> C
+//   d[q][c] = act( b2[c] + sum_t  wd[c][t] * e[stride*q + dilation*t - pad][c] )   depthwise  k x k    C   (zero outside the image)
+//   y[q][o] = final( b3[o] + sum_c w2[o][c] * d[q][c] ) (+ x[q][o])         project    1x1      C   -> Cout
+//
+// Without expand (MobileNetV1, and t = 1 in MobileNetV2) e is x itself. The padding is zeros in e, not act(b1): it is
+// applied after the activation. All arithmetic is fp32; x and y may be stored in fp32, bf16 or fp16.
+//
+// Layout: x and y are channels_last, [N][H][W][channels], channels contiguous; x may have gaps between pixels and rows
+// (a channel slice), y is dense.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "arch.h"
+
+namespace mbv2 {
+
+enum class DType : int { f32, bf16, f16 };
+
+// Every activation offered is a clamp: none (-inf, inf), relu (0, inf), relu6 (0, 6). NaN passes through all of them.
+struct Clamp {
+  float lo, hi;
+};
+
+// What the weights alone determine.
+struct BlockDims {
+  int64_t in_channels, hidden_channels, out_channels;
+  int kernel;
+  bool expand;
+};
+
+struct BlockArgs {
+  BlockDims dims;
+  int64_t batch, height, width, out_height, out_width;
+  int64_t stride, dilation, pad_top, pad_left;
+  Clamp activation, final_activation;
+  bool residual;
+  DType dtype;
+  const void* x;
+  int64_t x_stride_image, x_stride_row, x_stride_pixel;  // in elements
+  void* y;
+  const float* packed;  // from pack(), for the same tier
+};
+
+// ---- Packed weights -------------------------------------------------------------------------------------------------
+// One float array a block: a header, then sections, each aligned to 64 bytes. A "panel" is the width of a register tile
+// in vectors; the last panel of a matrix may be narrower. Channels are padded with zeros to whole vectors.
+//
+//   w1  [hidden panels][Cin][panel]        b1 [hidden padded]
+//   wd  [hidden vectors][k*k][vector]      b2 [hidden padded]
+//   w2  [out panels][C][panel]             b3 [out padded]
+//
+// So a chunk of hidden channels is a run of whole panels of w1, and a run of rows in each panel of w2: the chunk's width
+// is free to be chosen at run time, per image size.
+struct PackedLayout {
+  int vector;                      // floats a vector
+  int hidden_panel, out_panel;     // vectors a panel
+  int64_t hidden_padded, out_padded;
+  int64_t w1, b1, wd, b2, w2, b3;  // offsets in floats
+  int64_t size;                    // floats in all, header included
+};
+
+struct RawWeights {                // torch's shapes, fp32, contiguous; biases may be null
+  const float *w_expand, *b_expand, *w_depthwise, *b_depthwise, *w_project, *b_project;
+};
+
+PackedLayout packed_layout(const BlockDims& dims, Tier tier);
+void pack(const BlockDims& dims, const RawWeights& raw, Tier tier, float* packed);
+// The tier an array was packed for. False when `packed` is not an array that pack() made for exactly these dims.
+bool packed_tier(const float* packed, int64_t size, const BlockDims& dims, Tier* tier);
+
+// ---- Running --------------------------------------------------------------------------------------------------------
+// parallel_for(n, context, body): calls body(context, begin, end) over disjoint ranges that cover [0, n).
+using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
+struct Parallel {
+  void (*parallel_for)(int64_t n, void* context, ParallelBody body);
+  int threads;
+};
+
+
+
+// GFLOP/s of one thread doing nothing but this tier's fused multiply-adds (2 FLOP each a lane).
+double fma_peak(Tier tier, double seconds);
+
+// ---- How a call is cut into work ------------------------------------------------------------------------------------
+struct Plan {
+  int64_t chunk;       // hidden channels a pass: whole panels, so that a chunk's rows of e stay in L1
+  int64_t band_rows;   // output rows accumulated before the next band begins
+  int64_t group_rows;  // output rows that go through expand, depthwise and project together
+  int64_t row_parts;   // an image's output rows, shared out over this many work items
+  int64_t splits;      // its hidden channels, shared out: partial sums, added in fixed order by the last to finish
+};
+
+Plan make_plan(const BlockArgs& args, const PackedLayout& layout, Tier tier, int threads);
+void run_block(const BlockArgs& args, Tier tier, const Plan& plan, const Parallel& parallel);
+
+// One work item: rows [row_begin, row_end) of one image, hidden channels [hidden_begin, hidden_end).
+struct WorkItem {
+  int64_t image, row_begin, row_end, hidden_begin, hidden_end;
+  float* partial;  // null: write y. Else: leave the sums here, [rows * out_width][out_padded]
+};
+
+struct ConvArgs;  // conv.h
+struct ConvLayout;
+struct ConvItem;
+
+struct TierKernels {
+  int vector;        // floats a vector
+  int max_panel;     // widest register tile, in vectors
+  size_t (*scratch_floats)(const BlockArgs&, const PackedLayout&, const Plan&);
+  void (*work)(const BlockArgs&, const PackedLayout&, const Plan&, const WorkItem&, float* scratch);
+  // y rows of one image from `splits` partial sums that lie `stride` floats apart
+  void (*finish)(const BlockArgs&, const PackedLayout&, const WorkItem&, const float* partial, int64_t splits,
+                 int64_t stride);
+  size_t (*conv_scratch_floats)(const ConvArgs&, const ConvLayout&);
+  void (*conv_work)(const ConvArgs&, const ConvLayout&, const ConvItem&, float* scratch);
+  // `iterations` times kFmaChains independent multiply-adds a lane; the value returned only keeps them alive
+  float (*fma_chains)(int64_t iterations);
+};
+constexpr int kFmaChains = 12;   // more than latency x ports of any CPU we know, fewer than AVX2's registers
+constexpr int kMaxKernel = 31;
+
+const TierKernels* tier_kernels(Tier tier);  // null when this build lacks the tier
+
+}  // namespace mbv2

@@ -1,0 +1,402 @@
+// The fused block over the register tiles of tile_generic.h, which says what may not be done here.
+//
+// Data flow of one work item, for a band of output rows at a time:
+//
+//   for each chunk of hidden channels
+//     for each group of output rows
+//       expand     x rows  -> ring   (only rows the ring does not hold yet)      [pixel][chunk], L1
+//       depthwise  ring    -> d                                                  [pixel][chunk], L1
+//       project    d       -> acc += , or y if this was the last chunk           [pixel][out_padded]
+//
+// The hidden tensor exists only as a few rows of one chunk. When an item has several bands each chunk keeps a ring of its
+// own, so that rows shared by two bands are not computed twice.
+//
+// No #pragma once: included once a tier.
+
+// ---- Expand: where its rows go --------------------------------------------------------------------------------------
+
+struct ExpandEpilogue {
+  const float* bias;
+  float* out;
+  const int32_t* offset;  // where a row of the product lies in the ring
+  V::T lo, hi;
+  ALWAYS_INLINE V::T start(int64_t, int j) const { return V::load(bias + j * V::width); }
+  ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
+    V::store(out + offset[row] + j * V::width, V::clamp(v, lo, hi));
+  }
+};
+
+// ---- Depthwise ------------------------------------------------------------------------------------------------------
+
+struct DepthwiseRow {
+  const float* rows[kMaxKernel];  // rows of e under the kernel's rows; null where one lies in the padding
+  int64_t pitch;                  // floats between pixels of e
+  int64_t first_column;           // column of e under output column 0's first tap; negative: in the padding
+  int64_t width;                  // columns that exist
+  int64_t out_pitch, out_width;
+  int64_t kernel, stride, dilation;
+  int64_t vectors;       // of channels
+  const float* weights;  // [vector][k*k][V::width]
+  const float* bias;
+  float* out;
+  V::T lo, hi;
+};
+
+// `Count` neighbouring outputs, one vector of channels. Each loaded pixel serves all the taps it takes part in.
+template <int Kernel, int Stride, int Count>
+ALWAYS_INLINE void depthwise_run(const DepthwiseRow& r, int64_t ox, int64_t vector) {
+  V::T acc[Count];
+  const V::T bias = V::load(r.bias + vector * V::width);
+  UNROLL for (int u = 0; u < Count; ++u) acc[u] = bias;
+  const float* weights = r.weights + vector * (Kernel * Kernel * V::width);
+  const int64_t at = (r.first_column + ox * Stride) * r.pitch + vector * V::width;
+  UNROLL for (int dy = 0; dy < Kernel; ++dy) {
+    if (!r.rows[dy]) continue;
+    V::T w[Kernel];
+    UNROLL for (int t = 0; t < Kernel; ++t) w[t] = V::load(weights + (dy * Kernel + t) * V::width);
+    const float* p = r.rows[dy] + at;
+    UNROLL for (int c = 0; c < (Count - 1) * Stride + Kernel; ++c) {
+      const V::T pixel = V::load(p);
+      p += r.pitch;
+      UNROLL for (int u = 0; u < Count; ++u) {
+        const int t = c - u * Stride;
+        if (t >= 0 && t < Kernel) acc[u] = V::fma(pixel, w[t], acc[u]);
+      }
+    }
+  }
+  float* out = r.out + ox * r.out_pitch + vector * V::width;
+  UNROLL for (int u = 0; u < Count; ++u) V::store(out + u * r.out_pitch, V::clamp(acc[u], r.lo, r.hi));
+}
+
+// Any kernel, stride, dilation, and columns in the padding: one output at a time.
+NOINLINE void depthwise_edge(const DepthwiseRow& r, int64_t begin, int64_t end) {
+  for (int64_t ox = begin; ox < end; ++ox) {
+    const int64_t column = r.first_column + ox * r.stride;
+    for (int64_t v = 0; v < r.vectors; ++v) {
+      V::T acc = V::load(r.bias + v * V::width);
+      const float* w = r.weights + v * r.kernel * r.kernel * V::width;
+      for (int64_t dy = 0; dy < r.kernel; ++dy) {
+        if (!r.rows[dy]) continue;
+        for (int64_t dx = 0; dx < r.kernel; ++dx) {
+          const int64_t c = column + dx * r.dilation;
+          if (c < 0 || c >= r.width) continue;
+          const V::T pixel = V::load(r.rows[dy] + c * r.pitch + v * V::width);
+          acc = V::fma(pixel, V::load(w + (dy * r.kernel + dx) * V::width), acc);
+        }
+      }
+      V::store(r.out + ox * r.out_pitch + v * V::width, V::clamp(acc, r.lo, r.hi));
+    }
+  }
+}
+
+template <int Kernel, int Stride, int Count>
+ALWAYS_INLINE void depthwise_runs_of(int64_t run, const DepthwiseRow& r, int64_t ox, int64_t count) {
+  if constexpr (Count >= 1) {
+    if (run == Count) {
+      // Channels innermost: all of a pixel's channels lie together, and a row of them may be more than L1 holds.
+      for (; count > 0; --count, ox += Count)
+        for (int64_t v = 0; v < r.vectors; ++v) depthwise_run<Kernel, Stride, Count>(r, ox, v);
+    } else {
+      depthwise_runs_of<Kernel, Stride, Count - 1>(run, r, ox, count);
+    }
+  }
+}
+
+// Columns [begin, end) whose taps all exist, in runs as equal as can be.
+template <int Kernel, int Stride>
+NOINLINE void depthwise_inner(const DepthwiseRow& r, int64_t begin, int64_t end) {
+  const int64_t width = end - begin, count = ceil_div(width, V::kMaxRun);
+  if (count <= 0) return;
+  const int64_t low = width / count, longer = width % count;
+  if (longer) depthwise_runs_of<Kernel, Stride, V::kMaxRun>(low + 1, r, begin, longer);
+  depthwise_runs_of<Kernel, Stride, V::kMaxRun>(low, r, begin + longer * (low + 1), count - longer);
+}
+
+static void depthwise_row(const DepthwiseRow& r) {
+  // outputs whose first tap is at column >= 0 and whose last tap is at column < width
+  const int64_t reach = (r.kernel - 1) * r.dilation;
+  int64_t begin = r.first_column >= 0 ? 0 : ceil_div(-r.first_column, r.stride);
+  const int64_t last = r.width - 1 - reach - r.first_column;
+  int64_t end = last < 0 ? 0 : last / r.stride + 1;
+  begin = min64(begin, r.out_width);
+  end = max64(begin, min64(end, r.out_width));
+  const bool fast = r.dilation == 1 && (r.stride == 1 || r.stride == 2) && (r.kernel == 3 || r.kernel == 5);
+  if (!fast) begin = end = r.out_width;
+  depthwise_edge(r, 0, begin);
+  depthwise_edge(r, end, r.out_width);
+  if (begin == end) return;
+  if (r.kernel == 3)
+    r.stride == 1 ? depthwise_inner<3, 1>(r, begin, end) : depthwise_inner<3, 2>(r, begin, end);
+  else
+    r.stride == 1 ? depthwise_inner<5, 1>(r, begin, end) : depthwise_inner<5, 2>(r, begin, end);
+}
+
+// ---- One work item --------------------------------------------------------------------------------------------------
+
+// How an item's buffers lie in its scratch.
+struct Buffers {
+  bool widen;             // x is copied to fp32 first (16-bit storage, or no expand with channels that fill no vector)
+  int64_t bands;
+  int64_t ring_rows, ring_pitch, ring_size, rings;
+  int64_t wide_rows, wide_pitch;  // copied x
+  int64_t d, acc, ring, wide, offsets, size;  // offsets in floats
+};
+
+static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan& plan) {
+  Buffers b = {};
+  const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
+  b.widen = a.dtype != DType::f32 || (!a.dims.expand && a.dims.hidden_channels % V::width != 0);
+  b.bands = ceil_div(ceil_div(a.out_height, plan.row_parts), plan.band_rows);
+  b.ring_rows = a.dims.expand ? min64((plan.group_rows - 1) * a.stride + reach, a.height) : 0;
+  // a ring's row: the image's columns and the padding that any output's taps can reach
+  b.ring_pitch = plan.chunk;
+  const int64_t columns = max64(a.pad_left + a.width, (a.out_width - 1) * a.stride + reach);
+  b.ring_size = b.ring_rows * columns * plan.chunk;
+  b.rings = b.bands > 1 ? ceil_div(l.hidden_padded, plan.chunk) : 1;
+  b.wide_rows = b.widen ? min64((plan.band_rows - 1) * a.stride + reach, a.height) : 0;
+  b.wide_pitch = ceil_div(a.dims.in_channels, V::width) * V::width;
+  b.d = 0;
+  b.acc = b.d + plan.group_rows * a.out_width * plan.chunk;
+  b.ring = b.acc + plan.band_rows * a.out_width * l.out_padded;
+  b.wide = b.ring + b.rings * b.ring_size;
+  b.offsets = b.wide + b.wide_rows * a.width * b.wide_pitch;
+  b.size = b.offsets + (b.ring_rows * a.width + 15) / 16 * 16;
+  return b;
+}
+
+static size_t scratch_floats(const BlockArgs& a, const PackedLayout& l, const Plan& plan) {
+  return static_cast<size_t>(buffers_of(a, l, plan).size);
+}
+
+template <class Storage>
+struct Item {
+  using Element = typename Storage::Element;
+  static constexpr bool kDirect = sizeof(Element) == sizeof(float);  // products write y themselves
+  const BlockArgs& a;
+  const PackedLayout& l;
+  const Plan& plan;
+  const WorkItem& item;
+  const Buffers b;
+  float *d, *acc, *ring, *wide;
+  int32_t* offsets;
+  const Element* x;  // this image
+  Element* y;
+  V::T lo, hi, final_lo, final_hi;
+  int64_t ring_columns;
+  int64_t wide_first = 0;  // input row that wide's first row holds
+
+  Item(const BlockArgs& a_, const PackedLayout& l_, const Plan& plan_, const WorkItem& item_, float* scratch)
+      : a(a_), l(l_), plan(plan_), item(item_), b(buffers_of(a_, l_, plan_)) {
+    d = scratch + b.d;
+    acc = scratch + b.acc;
+    ring = scratch + b.ring;
+    wide = scratch + b.wide;
+    offsets = reinterpret_cast<int32_t*>(scratch + b.offsets);
+    x = static_cast<const Element*>(a.x) + item.image * a.x_stride_image;
+    y = static_cast<Element*>(a.y) + item.image * a.out_height * a.out_width * a.dims.out_channels;
+    lo = V::set(a.activation.lo);
+    hi = V::set(a.activation.hi);
+    final_lo = V::set(a.final_activation.lo);
+    final_hi = V::set(a.final_activation.hi);
+    ring_columns = b.ring_rows ? b.ring_size / (b.ring_rows * plan.chunk) : 0;
+  }
+
+  ALWAYS_INLINE int64_t first_input_row(int64_t out_row) const { return max64(out_row * a.stride - a.pad_top, 0); }
+  // one past the last input row that output rows below `out_end` need
+  ALWAYS_INLINE int64_t end_input_row(int64_t out_end) const {
+    const int64_t end = (out_end - 1) * a.stride - a.pad_top + (a.dims.kernel - 1) * a.dilation + 1;
+    return max64(min64(end, a.height), 0);
+  }
+
+  // Input row as fp32: base and floats between pixels.
+  ALWAYS_INLINE const float* input_row(int64_t row) const {
+    if (b.widen) return wide + (row - wide_first) * a.width * b.wide_pitch;
+    return reinterpret_cast<const float*>(x) + row * a.x_stride_row;
+  }
+  ALWAYS_INLINE int64_t input_pitch() const { return b.widen ? b.wide_pitch : a.x_stride_pixel; }
+  // Rows follow each other as pixels do, so several can be one matrix.
+  ALWAYS_INLINE bool rows_adjoin() const { return b.widen || a.x_stride_row == a.width * a.x_stride_pixel; }
+
+  void expand_rows(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, float* chunk_ring) {
+    const int64_t pitch = b.ring_pitch, row_size = ring_columns * pitch;
+    int32_t* to = offsets;
+    for (int64_t row = begin; row < end; ++row) {
+      int32_t at = static_cast<int32_t>((row % b.ring_rows) * row_size + a.pad_left * pitch);
+      for (int64_t c = 0; c < a.width; ++c, at += static_cast<int32_t>(pitch)) *to++ = at;
+    }
+    const int64_t step = rows_adjoin() ? end - begin : 1;
+    const int64_t depth = a.dims.in_channels;
+    for (int64_t v = 0; v < vectors; v += l.hidden_panel) {
+      const int64_t panel_begin = hidden / V::width + v;  // a whole number of panels from the start
+      const int64_t width = min64(l.hidden_panel, l.hidden_padded / V::width - panel_begin);
+      const float* w = a.packed + l.w1 + panel_begin * V::width * depth;
+      for (int64_t row = begin; row < end; row += step) {
+        const ExpandEpilogue epilogue{a.packed + l.b1 + hidden + v * V::width, chunk_ring + v * V::width,
+                                      offsets + (row - begin) * a.width, lo, hi};
+        product(width, {input_row(row), input_pitch(), depth}, step * a.width, w, epilogue);
+      }
+    }
+  }
+
+  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, const float* chunk_ring) {
+    const int64_t k = a.dims.kernel;
+    DepthwiseRow r;
+    r.kernel = k;
+    r.stride = a.stride;
+    r.dilation = a.dilation;
+    r.out_pitch = plan.chunk;
+    r.out_width = a.out_width;
+    r.vectors = vectors;
+    r.weights = a.packed + l.wd + hidden * k * k;
+    r.bias = a.packed + l.b2 + hidden;
+    r.lo = lo;
+    r.hi = hi;
+    if (a.dims.expand) {  // the ring has its padding columns
+      r.pitch = b.ring_pitch;
+      r.first_column = 0;
+      r.width = ring_columns;
+    } else {
+      r.pitch = input_pitch();
+      r.first_column = -a.pad_left;
+      r.width = a.width;
+    }
+    for (int64_t oy = begin; oy < end; ++oy) {
+      for (int64_t dy = 0; dy < k; ++dy) {
+        const int64_t row = oy * a.stride - a.pad_top + dy * a.dilation;
+        if (row < 0 || row >= a.height)
+          r.rows[dy] = nullptr;
+        else if (a.dims.expand)
+          r.rows[dy] = chunk_ring + (row % b.ring_rows) * ring_columns * b.ring_pitch;
+        else
+          r.rows[dy] = input_row(row) + hidden;
+      }
+      r.out = d + (oy - begin) * a.out_width * plan.chunk;
+      depthwise_row(r);
+    }
+  }
+
+  // Output rows [begin, end), hidden channels [hidden, hidden + depth), all output channels: on top of `sums`, or of the
+  // bias if this is the first chunk; into y if `write`, else back into `sums`.
+  void project(int64_t begin, int64_t end, int64_t hidden, int64_t depth, bool first, bool write, float* sums) {
+    const int64_t vectors = l.out_padded / V::width;
+    // The residual's rows may lie apart (a channel slice with gaps): then one row at a time.
+    const bool by_row = write && a.residual && a.x_stride_row != a.width * a.x_stride_pixel;
+    const int64_t step = by_row ? 1 : end - begin;
+    for (int64_t v = 0; v < vectors; v += l.out_panel) {
+      const int64_t width = min64(l.out_panel, vectors - v);
+      const float* w = a.packed + l.w2 + v * V::width * a.dims.hidden_channels + hidden * width * V::width;
+      const float* bias = item.hidden_begin == 0 ? a.packed + l.b3 + v * V::width : kZeros;
+      for (int64_t row = begin; row < end; row += step) {
+        const int64_t at = (row - begin) * a.out_width, rows = step * a.out_width;
+        const float* from = d + at * plan.chunk;
+        float* to = sums + at * l.out_padded + v * V::width;
+        const SumStart start = first ? SumStart{bias, 0} : SumStart{to, l.out_padded};
+        if constexpr (kDirect) {
+          if (write) {
+            product(width, {from, plan.chunk, depth}, rows, w, WriteOutput{start, output_rows(row, v)});
+            continue;
+          }
+        }
+        product(width, {from, plan.chunk, depth}, rows, w, KeepSum{start, to, l.out_padded});
+      }
+    }
+    if (!kDirect && write) write_rows(begin, end, sums, 1, 0);
+  }
+
+  // Finished sums -> y. 16-bit storage comes here from project too: a product of its own for each storage type would
+  // triple the code for the sake of one pass over the small tensor.
+  void write_rows(int64_t begin, int64_t end, const float* sums, int64_t splits, int64_t stride) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t v = 0; v < l.out_padded / V::width; ++v) {
+        const Output<Storage> output = output_rows(row, v);
+        for (int64_t c = 0; c < a.out_width; ++c) {
+          const float* p = sums + ((row - begin) * a.out_width + c) * l.out_padded + v * V::width;
+          V::T sum = V::load(p);
+          for (int64_t s = 1; s < splits; ++s) sum = V::add(sum, V::load(p + s * stride));
+          output.write(c, 0, sum);
+        }
+      }
+  }
+
+  ALWAYS_INLINE Output<Storage> output_rows(int64_t row, int64_t v) const {
+    Output<Storage> o;
+    o.y = y + row * a.out_width * a.dims.out_channels + v * V::width;
+    o.y_stride = a.dims.out_channels;
+    o.x = a.residual ? x + row * a.x_stride_row + v * V::width : nullptr;
+    o.x_stride = a.x_stride_pixel;
+    o.channels = static_cast<int>(a.dims.out_channels - v * V::width);
+    o.bounded = bounds(a.final_activation);
+    o.lo = final_lo;
+    o.hi = final_hi;
+    return o;
+  }
+
+  void widen_rows(int64_t begin, int64_t end) {
+    wide_first = begin;
+    for (int64_t row = begin; row < end; ++row)
+      widen_row<Storage>(x + row * a.x_stride_row, a.x_stride_pixel, a.width, a.dims.in_channels, b.wide_pitch,
+                         wide + (row - begin) * a.width * b.wide_pitch);
+  }
+
+  void run() {
+    // A ring's padding columns are zero and nothing ever writes to them.
+    if (a.dims.expand) {
+      for (int64_t row = 0; row < b.rings * b.ring_rows; ++row) {
+        float* start = ring + row * ring_columns * b.ring_pitch;
+        const int64_t right = (a.pad_left + a.width) * b.ring_pitch, all = ring_columns * b.ring_pitch;
+        for (int64_t i = 0; i < a.pad_left * b.ring_pitch; ++i) start[i] = 0;
+        for (int64_t i = right; i < all; ++i) start[i] = 0;
+      }
+    }
+    for (int64_t band = item.row_begin; band < item.row_end; band += plan.band_rows) {
+      const int64_t band_end = min64(band + plan.band_rows, item.row_end);
+      // In a later band the rings already hold the rows that it shares with the band before.
+      const int64_t held = band == item.row_begin || !a.dims.expand ? 0 : end_input_row(band);
+      if (b.widen) widen_rows(max64(first_input_row(band), held), end_input_row(band_end));
+      for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk) {
+        const int64_t chunk = min64(plan.chunk, item.hidden_end - hidden);
+        const int64_t vectors = ceil_div(chunk, V::width);
+        float* chunk_ring = ring + (b.rings > 1 ? hidden / plan.chunk : 0) * b.ring_size;
+        int64_t expanded = max64(first_input_row(band), held);
+        for (int64_t row = band; row < band_end; row += plan.group_rows) {
+          const int64_t row_end = min64(row + plan.group_rows, band_end);
+          if (a.dims.expand) {
+            const int64_t begin = max64(expanded, first_input_row(row)), end = end_input_row(row_end);
+            if (end > begin) expand_rows(begin, end, hidden, vectors, chunk_ring);
+            expanded = max64(expanded, end);
+          }
+          depthwise(row, row_end, hidden, vectors, chunk_ring);
+          const bool last = hidden + chunk >= item.hidden_end;
+          float* sums = (item.partial ? item.partial + (band - item.row_begin) * a.out_width * l.out_padded : acc) +
+                        (row - band) * a.out_width * l.out_padded;
+          project(row, row_end, hidden, min64(chunk, a.dims.hidden_channels - hidden), hidden == item.hidden_begin,
+                  last && !item.partial, sums);
+        }
+      }
+    }
+  }
+};
+
+static void work(const BlockArgs& a, const PackedLayout& l, const Plan& plan, const WorkItem& item, float* scratch) {
+  switch (a.dtype) {
+    case DType::f32:
+      return Item<F32>(a, l, plan, item, scratch).run();
+    case DType::bf16:
+      return Item<BF16>(a, l, plan, item, scratch).run();
+    case DType::f16:
+      return Item<F16>(a, l, plan, item, scratch).run();
+  }
+}
+
+static void finish(const BlockArgs& a, const PackedLayout& l, const WorkItem& item, const float* partial,
+                   int64_t splits, int64_t stride) {
+  const Plan plan = {V::width, 1, 1, 1, 1};  // only the item's own fields matter here
+  switch (a.dtype) {
+    case DType::f32:
+      return Item<F32>(a, l, plan, item, nullptr).write_rows(item.row_begin, item.row_end, partial, splits, stride);
+    case DType::bf16:
+      return Item<BF16>(a, l, plan, item, nullptr).write_rows(item.row_begin, item.row_end, partial, splits, stride);
+    case DType::f16:
+      return Item<F16>(a, l, plan, item, nullptr).write_rows(item.row_begin, item.row_end, partial, splits, stride);
+  }
+}

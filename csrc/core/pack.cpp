@@ -1,0 +1,111 @@
+#include "pack.h"
+
+#include <cstring>
+
+#include "block.h"
+
+namespace mbv2 {
+namespace {
+
+constexpr uint32_t kMagic = 0x6d627632;  // "mbv2"
+
+// dst[panel][depth][panel width] = src[channel][depth], `rows` source channels, zeros behind them.
+void pack_panels(const float* src, int64_t channels, int64_t depth, int64_t padded, int64_t panel, float* dst) {
+  for (int64_t first = 0; first < padded; first += panel) {
+    const int64_t width = first + panel <= padded ? panel : padded - first;
+    for (int64_t c = 0; c < width; ++c) {
+      float* to = dst + c;
+      if (first + c < channels) {
+        const float* from = src + (first + c) * depth;
+        for (int64_t k = 0; k < depth; ++k) to[k * width] = from[k];
+      } else {
+        for (int64_t k = 0; k < depth; ++k) to[k * width] = 0;
+      }
+    }
+    dst += depth * width;
+  }
+}
+
+void pack_bias(const float* bias, int64_t channels, int64_t padded, float* dst) {
+  for (int64_t c = 0; c < padded; ++c) dst[c] = bias && c < channels ? bias[c] : 0.0f;
+}
+
+PackedHeader header_for(const BlockDims& d, Tier tier) {
+  return {kMagic,
+          static_cast<uint32_t>(tier),
+          static_cast<int32_t>(d.in_channels),
+          static_cast<int32_t>(d.hidden_channels),
+          static_cast<int32_t>(d.out_channels),
+          d.kernel,
+          d.expand,
+          0};
+}
+
+}  // namespace
+
+// The panel width that leaves no narrow rest if there is one, else the widest: a tile of one or two vectors loads a
+// pixel for every one or two multiply-adds, a tile of three or four for every three or four.
+int panel_width(int64_t vectors, int widest) {
+  if (vectors <= widest) return static_cast<int>(vectors);
+  for (int panel = widest; panel >= 3; --panel)
+    if (vectors % panel == 0) return panel;
+  if (widest < 3 || vectors % 2 == 0) return widest < 2 ? 1 : 2;
+  return widest;
+}
+
+bool read_header(const float* packed, int64_t size, uint32_t magic, PackedHeader* header, Tier* tier) {
+  if (size < kPackedHeader) return false;
+  std::memcpy(header, packed, sizeof *header);
+  if (header->magic != magic || header->tier > static_cast<uint32_t>(Tier::avx512)) return false;
+  *tier = static_cast<Tier>(header->tier);
+  return tier_kernels(*tier) != nullptr;
+}
+
+PackedLayout packed_layout(const BlockDims& d, Tier tier) {
+  const TierKernels* kernels = tier_kernels(tier);
+  PackedLayout l;
+  l.vector = kernels->vector;
+  l.hidden_padded = round_up(d.hidden_channels, l.vector);
+  l.out_padded = round_up(d.out_channels, l.vector);
+  l.hidden_panel = panel_width(l.hidden_padded / l.vector, kernels->max_panel);
+  l.out_panel = panel_width(l.out_padded / l.vector, kernels->max_panel);
+  int64_t at = kPackedHeader;
+  const auto section = [&at](int64_t floats) {
+    const int64_t begin = at;
+    at = round_up(at + floats, kPackedHeader);
+    return begin;
+  };
+  l.w1 = section(d.expand ? d.in_channels * l.hidden_padded : 0);
+  l.b1 = section(d.expand ? l.hidden_padded : 0);
+  l.wd = section(d.kernel * d.kernel * l.hidden_padded);
+  l.b2 = section(l.hidden_padded);
+  l.w2 = section(d.hidden_channels * l.out_padded);
+  l.b3 = section(l.out_padded);
+  l.size = at;
+  return l;
+}
+
+void pack(const BlockDims& d, const RawWeights& raw, Tier tier, float* packed) {
+  const PackedLayout l = packed_layout(d, tier);
+  const PackedHeader header = header_for(d, tier);
+  std::memset(packed, 0, static_cast<size_t>(l.size) * sizeof(float));
+  std::memcpy(packed, &header, sizeof header);
+  if (d.expand) {
+    pack_panels(raw.w_expand, d.hidden_channels, d.in_channels, l.hidden_padded, l.hidden_panel * l.vector,
+                packed + l.w1);
+    pack_bias(raw.b_expand, d.hidden_channels, l.hidden_padded, packed + l.b1);
+  }
+  pack_panels(raw.w_depthwise, d.hidden_channels, d.kernel * d.kernel, l.hidden_padded, l.vector, packed + l.wd);
+  pack_bias(raw.b_depthwise, d.hidden_channels, l.hidden_padded, packed + l.b2);
+  pack_panels(raw.w_project, d.out_channels, d.hidden_channels, l.out_padded, l.out_panel * l.vector, packed + l.w2);
+  pack_bias(raw.b_project, d.out_channels, l.out_padded, packed + l.b3);
+}
+
+bool packed_tier(const float* packed, int64_t size, const BlockDims& dims, Tier* tier) {
+  PackedHeader header;
+  if (!read_header(packed, size, kMagic, &header, tier)) return false;
+  const PackedHeader expected = header_for(dims, *tier);
+  return std::memcmp(&header, &expected, sizeof header) == 0 && packed_layout(dims, *tier).size == size;
+}
+
+}  // namespace mbv2

@@ -1,0 +1,116 @@
+// The portable tier: plain C++ on four floats at a time, which any compiler turns into what its baseline offers (SSE2,
+// NEON) or into scalar code. It is the fallback of every machine and the reference of the other tiers' tests.
+#include <cstring>
+
+#include "block.h"
+#include "conv.h"
+
+namespace mbv2 {
+namespace {
+
+struct V {
+  struct T {
+    float lane[4];
+  };
+  static constexpr int width = 4;
+  static constexpr int kMaxPanel = 2;
+  static constexpr int kMaxRows[kMaxPanel + 1] = {0, 4, 4};
+  static constexpr int kMaxRun = 4;
+
+#define V_INLINE static inline __attribute__((always_inline))
+#define LANES for (int i = 0; i < width; ++i)
+  V_INLINE T set(float v) { return {{v, v, v, v}}; }
+  V_INLINE T load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  V_INLINE void store(float* p, T v) { LANES p[i] = v.lane[i]; }
+  V_INLINE T broadcast(const float* p) { return set(*p); }
+  V_INLINE T fma(T a, T b, T c) {
+    LANES c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+  }
+  V_INLINE T add(T a, T b) {
+    LANES a.lane[i] += b.lane[i];
+    return a;
+  }
+  // Comparisons with NaN are false, so NaN stays.
+  V_INLINE T clamp(T v, T lo, T hi) {
+    LANES v.lane[i] = v.lane[i] < lo.lane[i] ? lo.lane[i] : v.lane[i];
+    LANES v.lane[i] = v.lane[i] > hi.lane[i] ? hi.lane[i] : v.lane[i];
+    return v;
+  }
+  V_INLINE T load(const float* p, int n) {
+    T v = {};
+    for (int i = 0; i < n; ++i) v.lane[i] = p[i];
+    return v;
+  }
+  V_INLINE void store(float* p, T v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = v.lane[i];
+  }
+
+  V_INLINE float from_bits(uint32_t bits) {
+    float v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+  }
+  V_INLINE uint32_t to_bits(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return bits;
+  }
+  V_INLINE T load_bf16(const uint16_t* p) {
+    T v;
+    LANES v.lane[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
+    return v;
+  }
+  // Round to nearest, ties to even; a NaN keeps its sign and becomes quiet (rounding could carry it into infinity).
+  V_INLINE void store_bf16(uint16_t* p, T v) {
+    LANES {
+      const uint32_t bits = to_bits(v.lane[i]);
+      const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+      p[i] = static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    }
+  }
+  // fp16 has 5 exponent bits (bias 15) and 10 of mantissa. Shifting its bits into fp32's place and multiplying by 2^112
+  // rebiases the exponent, and turns subnormals into what they mean; infinity and NaN need fp32's top exponent.
+  V_INLINE T load_f16(const uint16_t* p) {
+    T v;
+    LANES {
+      const uint32_t sign = static_cast<uint32_t>(p[i] & 0x8000u) << 16, rest = p[i] & 0x7fffu;
+      const float magnitude = rest >= 0x7c00u ? from_bits(0x7f800000u | (rest & 0x3ffu) << 13)
+                                              : from_bits(rest << 13) * from_bits(239u << 23);
+      v.lane[i] = from_bits(to_bits(magnitude) | sign);
+    }
+    return v;
+  }
+  V_INLINE void store_f16(uint16_t* p, T v) {
+    LANES {
+      const uint32_t bits = to_bits(v.lane[i]), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+      uint32_t half;
+      if (magnitude > 0x7f800000u) {
+        half = 0x7e00u | (magnitude >> 13 & 0x3ffu);  // quiet NaN
+      } else if (magnitude >= 0x47800000u) {
+        half = 0x7c00u;  // 2^16 and above
+      } else if (magnitude < 0x38800000u) {
+        // Below 2^-14: adding 0.5 leaves the subnormal's bits, correctly rounded, at the bottom of the sum.
+        half = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
+      } else {
+        half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;  // may round up into infinity
+      }
+      p[i] = static_cast<uint16_t>(half | sign);
+    }
+  }
+#undef LANES
+#undef V_INLINE
+};
+
+#include "tile_generic.h"
+
+#include "block_generic.h"
+#include "conv_generic.h"
+
+}  // namespace
+
+extern const TierKernels kernels_portable;
+const TierKernels kernels_portable = {V::width, V::kMaxPanel, scratch_floats, work, finish,     conv_scratch_floats,
+                                    conv_work, fma_chains};
+
+}  // namespace mbv2

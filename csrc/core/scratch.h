@@ -1,0 +1,35 @@
+// A thread's working memory: grows to what the largest call needed, then stays.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+namespace mbv2 {
+
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { std::free(data_); }
+
+  float* reserve(size_t floats) {
+    if (floats > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
+      if (!data_) throw std::bad_alloc();
+      size_ = floats;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+Arena& thread_scratch();  // the calling thread's
+
+}  // namespace mbv2

@@ -1,0 +1,227 @@
+// Register tiles: the one matrix product under every kernel here, and the ways it reads and writes.
+//
+// Included by each tier file inside its own anonymous namespace, after it has defined the vector type V. Nothing here may
+// have external linkage and nothing here may call an inline function of the standard library: such a function would be one
+// weak symbol shared with files compiled for lesser CPUs, and the linker may keep our copy.
+//
+// V offers: T (a register), width, the height limits of its register tiles (kMaxRows[panel]), load/store, broadcast, fma,
+// clamp, and loads and stores of bf16 and fp16. The order of operands in V::clamp decides whether NaN survives: it must.
+//
+// No #pragma once: included once a tier.
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
+#define UNROLL _Pragma("GCC unroll 64")  // accumulators stay in registers only if every index is a constant
+
+static const float kInfinity = __builtin_inff();
+static ALWAYS_INLINE bool bounds(Clamp c) { return c.lo > -kInfinity || c.hi < kInfinity; }
+alignas(64) static const float kZeros[V::kMaxPanel * V::width] = {};
+
+// ---- Register tiles: rows x panel of accumulators -------------------------------------------------------------------
+
+// The left matrix: rows `stride` floats apart; a row is `segments` runs of `depth` floats, `step` floats apart (the rows of
+// a k x k window; a plain matrix has one segment).
+struct Rows {
+  const float* first;
+  int64_t stride, depth;
+  int64_t segments = 1, step = 0;
+};
+
+// b: [segments * depth][ldb]. epilogue: start(row, j) and store(row, j, value).
+template <int Height, int Panel, class Epilogue>
+ALWAYS_INLINE void tile(const Rows& a, int64_t row, const float* b, int64_t ldb, const Epilogue& epilogue) {
+  V::T acc[Height][Panel];
+  UNROLL for (int i = 0; i < Height; ++i)
+    UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = epilogue.start(row + i, j);
+  const int64_t lda = a.stride;
+  for (int64_t segment = 0; segment < a.segments; ++segment) {
+    // One pointer for every three rows: x86 addresses the other two as base + lda and base + 2 * lda, which keeps a tall
+    // tile's row addresses within the general registers.
+    constexpr int kBases = (Height + 2) / 3;
+    const float* base[kBases];
+    UNROLL for (int i = 0; i < kBases; ++i) base[i] = a.first + segment * a.step + (row + 3 * i) * lda;
+    int64_t k = 0;
+    for (; k + 4 <= a.depth; k += 4) {
+      UNROLL for (int u = 0; u < 4; ++u) {
+        V::T w[Panel];
+        UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + u * ldb + j * V::width);
+        UNROLL for (int i = 0; i < Height; ++i) {
+          const V::T p = V::broadcast(base[i / 3] + (i % 3) * lda + u);
+          UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::fma(p, w[j], acc[i][j]);
+        }
+      }
+      b += 4 * ldb;
+      UNROLL for (int i = 0; i < kBases; ++i) base[i] += 4;
+    }
+    for (; k < a.depth; ++k) {
+      V::T w[Panel];
+      UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + j * V::width);
+      UNROLL for (int i = 0; i < Height; ++i) {
+        const V::T p = V::broadcast(base[i / 3] + (i % 3) * lda);
+        UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::fma(p, w[j], acc[i][j]);
+      }
+      b += ldb;
+      UNROLL for (int i = 0; i < kBases; ++i) base[i] += 1;
+    }
+  }
+  UNROLL for (int i = 0; i < Height; ++i)
+    UNROLL for (int j = 0; j < Panel; ++j) epilogue.store(row + i, j, acc[i][j]);
+}
+
+// `count` tiles of the same height below each other: a call costs as much as a tile of short depth, so make few.
+template <int Height, int Panel, class Epilogue>
+NOINLINE void tiles(const Rows& a, int64_t row, int64_t count, const float* b, int64_t ldb, const Epilogue& epilogue) {
+  for (; count > 0; --count, row += Height) tile<Height, Panel, Epilogue>(a, row, b, ldb, epilogue);
+}
+
+template <int Panel, int Height, class Epilogue>
+ALWAYS_INLINE void tiles_of_height(int64_t height, const Rows& a, int64_t row, int64_t count, const float* b,
+                                   int64_t ldb, const Epilogue& epilogue) {
+  if constexpr (Height >= 1) {
+    if (height == Height)
+      tiles<Height, Panel, Epilogue>(a, row, count, b, ldb, epilogue);
+    else
+      tiles_of_height<Panel, Height - 1, Epilogue>(height, a, row, count, b, ldb, epilogue);
+  }
+}
+
+// All `rows` rows against one panel, in tiles as equal as can be: 14 rows are 5 + 5 + 4, not 6 + 6 + 2.
+template <int Panel, class Epilogue>
+ALWAYS_INLINE void panel_product(const Rows& a, int64_t rows, const float* b, int64_t ldb, const Epilogue& epilogue) {
+  const int64_t count = (rows + V::kMaxRows[Panel] - 1) / V::kMaxRows[Panel];
+  if (count == 0) return;
+  const int64_t low = rows / count, tall = rows % count;
+  if (tall) tiles_of_height<Panel, V::kMaxRows[Panel]>(low + 1, a, 0, tall, b, ldb, epilogue);
+  tiles_of_height<Panel, V::kMaxRows[Panel]>(low, a, tall * (low + 1), count - tall, b, ldb, epilogue);
+}
+
+// The product with a panel of `width` vectors: b is [segments * depth][width][V::width].
+template <int Panel, class Epilogue>
+ALWAYS_INLINE void product_of_width(int64_t width, const Rows& a, int64_t rows, const float* b,
+                                    const Epilogue& epilogue) {
+  if constexpr (Panel >= 1) {
+    if (width == Panel)
+      panel_product<Panel, Epilogue>(a, rows, b, Panel * V::width, epilogue);
+    else
+      product_of_width<Panel - 1, Epilogue>(width, a, rows, b, epilogue);
+  }
+}
+template <class Epilogue>
+NOINLINE void product(int64_t width, const Rows& a, int64_t rows, const float* b, const Epilogue& epilogue) {
+  product_of_width<V::kMaxPanel, Epilogue>(width, a, rows, b, epilogue);
+}
+
+static ALWAYS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static ALWAYS_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static ALWAYS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- Storage types --------------------------------------------------------------------------------------------------
+
+struct F32 {
+  using Element = float;
+  static ALWAYS_INLINE V::T load(const float* p) { return V::load(p); }
+  static ALWAYS_INLINE float load_one(const float* p) { return *p; }
+  static ALWAYS_INLINE V::T load(const float* p, int n) { return V::load(p, n); }
+  static ALWAYS_INLINE void store(float* p, V::T v) { V::store(p, v); }
+  static ALWAYS_INLINE void store(float* p, V::T v, int n) { V::store(p, v, n); }
+};
+
+// 16-bit storage. Part of a vector goes through a buffer: the masked forms of these loads are not worth their code.
+template <V::T (*Load)(const uint16_t*), void (*Store)(uint16_t*, V::T)>
+struct Half {
+  using Element = uint16_t;
+  static ALWAYS_INLINE V::T load(const uint16_t* p) { return Load(p); }
+  static ALWAYS_INLINE float load_one(const uint16_t* p) {
+    float lanes[V::width];
+    V::store(lanes, load(p, 1));
+    return lanes[0];
+  }
+  static ALWAYS_INLINE V::T load(const uint16_t* p, int n) {
+    uint16_t buffer[V::width] = {};
+    for (int i = 0; i < n; ++i) buffer[i] = p[i];
+    return Load(buffer);
+  }
+  static ALWAYS_INLINE void store(uint16_t* p, V::T v) { Store(p, v); }
+  static ALWAYS_INLINE void store(uint16_t* p, V::T v, int n) {
+    uint16_t buffer[V::width];
+    Store(buffer, v);
+    for (int i = 0; i < n; ++i) p[i] = buffer[i];
+  }
+};
+using BF16 = Half<V::load_bf16, V::store_bf16>;
+using F16 = Half<V::load_f16, V::store_f16>;
+
+// ---- Epilogues ----------------------------------------------------------------------------------
+
+// Sums begin with the bias (stride 0: the same for every row) or go on from where an earlier part of the depth left them.
+struct SumStart {
+  const float* from;
+  int64_t stride;
+  ALWAYS_INLINE V::T start(int64_t row, int j) const { return V::load(from + row * stride + j * V::width); }
+};
+
+struct KeepSum : SumStart {
+  float* out;
+  int64_t out_stride;
+  ALWAYS_INLINE void store(int64_t row, int j, V::T v) const { V::store(out + row * out_stride + j * V::width, v); }
+};
+
+// Where and how finished sums go to y: `channels` of them are real, the rest of the panel is padding.
+template <class Storage>
+struct Output {
+  typename Storage::Element* y;
+  int64_t y_stride;
+  const typename Storage::Element* x;  // the residual, or null
+  int64_t x_stride;
+  int channels;
+  bool bounded;  // by a final activation
+  V::T lo, hi;
+  ALWAYS_INLINE void write(int64_t row, int j, V::T v) const {
+    if (bounded) v = V::clamp(v, lo, hi);
+    const int rest = channels - j * V::width;
+    typename Storage::Element* to = y + row * y_stride + j * V::width;
+    if (rest >= V::width) {
+      if (x) v = V::add(v, Storage::load(x + row * x_stride + j * V::width));
+      Storage::store(to, v);
+    } else {
+      if (x) v = V::add(v, Storage::load(x + row * x_stride + j * V::width, rest));
+      Storage::store(to, v, rest);
+    }
+  }
+};
+
+struct WriteOutput : SumStart {
+  Output<F32> output;
+  ALWAYS_INLINE void store(int64_t row, int j, V::T v) const { output.write(row, j, v); }
+};
+
+// Pixels of x as fp32, each padded with zeros to `pitch` floats; pitch 0: not padded, nothing is written behind the last.
+template <class Storage>
+static void widen_row(const typename Storage::Element* x, int64_t pixel_stride, int64_t pixels, int64_t channels,
+                      int64_t pitch, float* out) {
+  for (int64_t p = 0; p < pixels; ++p, x += pixel_stride, out += pitch) {
+    int64_t c = 0;
+    for (; c + V::width <= channels; c += V::width) V::store(out + c, Storage::load(x + c));
+    const int rest = static_cast<int>(channels - c);
+    if (rest == 0) continue;
+    if (pitch)
+      V::store(out + c, Storage::load(x + c, rest));
+    else
+      V::store(out + c, Storage::load(x + c, rest), rest);
+  }
+}
+
+// kFmaChains independent accumulators: enough to hide the latency of fused multiply-adds on any port count so far.
+static float fma_chains(int64_t iterations) {
+  V::T acc[kFmaChains];
+  const V::T scale = V::set(0.999f), shift = V::set(1e-3f);
+  UNROLL for (int i = 0; i < kFmaChains; ++i) acc[i] = V::set(static_cast<float>(i));
+  for (int64_t n = 0; n < iterations; ++n) {
+    UNROLL for (int i = 0; i < kFmaChains; ++i) acc[i] = V::fma(acc[i], scale, shift);
+  }
+  V::T sum = acc[0];
+  for (int i = 1; i < kFmaChains; ++i) sum = V::add(sum, acc[i]);
+  float lanes[V::width];
+  V::store(lanes, sum);
+  return lanes[0];
+}

@@ -1,0 +1,69 @@
+// The AVX2 tier (AVX2, FMA, F16C): 16 registers of 8 floats. Register tiles of 6 x 2 or 4 x 3 vectors: 12 accumulators,
+// enough to cover an FMA's latency (4 or 5 cycles) on two ports, and the rest holds the weights and a broadcast pixel.
+#include <immintrin.h>
+
+#include "block.h"
+#include "conv.h"
+
+namespace mbv2 {
+namespace {
+
+struct V {
+  using T = __m256;
+  static constexpr int width = 8;
+  static constexpr int kMaxPanel = 3;
+  static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 6, 4};
+  static constexpr int kMaxRun = 8;  // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
+
+#define V_INLINE static inline __attribute__((always_inline))
+  V_INLINE T set(float v) { return _mm256_set1_ps(v); }
+  V_INLINE T load(const float* p) { return _mm256_loadu_ps(p); }
+  V_INLINE void store(float* p, T v) { _mm256_storeu_ps(p, v); }
+  V_INLINE T broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  V_INLINE T fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }
+  V_INLINE T add(T a, T b) { return _mm256_add_ps(a, b); }
+  // maxps and minps return their second operand when one is NaN: v stands second so that its NaN survives.
+  V_INLINE T clamp(T v, T lo, T hi) { return _mm256_min_ps(hi, _mm256_max_ps(lo, v)); }
+
+  V_INLINE __m256i first(int n) {  // all bits set in the first n lanes, 0 <= n <= 8
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  V_INLINE T load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  V_INLINE void store(float* p, T v, int n) { _mm256_maskstore_ps(p, first(n), v); }
+
+  V_INLINE T load_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  V_INLINE void store_f16(uint16_t* p, T v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  V_INLINE T load_bf16(const uint16_t* p) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  }
+  // Round to nearest, ties to even; a NaN keeps its sign and becomes quiet (rounding could carry it into infinity).
+  V_INLINE void store_bf16(uint16_t* p, T v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+#undef V_INLINE
+};
+
+#include "tile_generic.h"
+
+#include "block_generic.h"
+#include "conv_generic.h"
+
+}  // namespace
+
+extern const TierKernels kernels_avx2;
+const TierKernels kernels_avx2 = {V::width, V::kMaxPanel, scratch_floats, work, finish,     conv_scratch_floats,
+                                    conv_work, fma_chains};
+
+}  // namespace mbv2

@@ -1,0 +1,65 @@
+// The AVX-512 tier (F, BW, DQ, VL): 32 registers of 16 floats. Register tiles of 6 x 4 or 8 x 3 vectors: 24
+// accumulators; the rest holds a row of weights and a broadcast pixel.
+#include <immintrin.h>
+
+#include "block.h"
+#include "conv.h"
+
+namespace mbv2 {
+namespace {
+
+struct V {
+  using T = __m512;
+  static constexpr int width = 16;
+  static constexpr int kMaxPanel = 4;
+  static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
+  static constexpr int kMaxRun = 8;  // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
+
+#define V_INLINE static inline __attribute__((always_inline))
+  V_INLINE T set(float v) { return _mm512_set1_ps(v); }
+  V_INLINE T load(const float* p) { return _mm512_loadu_ps(p); }
+  V_INLINE void store(float* p, T v) { _mm512_storeu_ps(p, v); }
+  V_INLINE T broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  V_INLINE T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
+  V_INLINE T add(T a, T b) { return _mm512_add_ps(a, b); }
+  // maxps and minps return their second operand when one is NaN: v stands second so that its NaN survives.
+  V_INLINE T clamp(T v, T lo, T hi) { return _mm512_min_ps(hi, _mm512_max_ps(lo, v)); }
+
+  V_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }  // the first n lanes, 0 <= n <= 16
+  V_INLINE T load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  V_INLINE void store(float* p, T v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+
+  V_INLINE T load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  V_INLINE void store_f16(uint16_t* p, T v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  V_INLINE T load_bf16(const uint16_t* p) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  // Round to nearest, ties to even; a NaN keeps its sign and becomes quiet (rounding could carry it into infinity).
+  V_INLINE void store_bf16(uint16_t* p, T v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i chosen = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+  }
+#undef V_INLINE
+};
+
+#include "tile_generic.h"
+
+#include "block_generic.h"
+#include "conv_generic.h"
+
+}  // namespace
+
+extern const TierKernels kernels_avx512;
+const TierKernels kernels_avx512 = {V::width, V::kMaxPanel, scratch_floats, work, finish,     conv_scratch_floats,
+                                    conv_work, fma_chains};
+
+}  // namespace mbv2

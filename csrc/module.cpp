@@ -1,0 +1,81 @@
+// The Python module mbv2_kernels._C: what the CPU offers, which tier runs, and how often each ran. The torch ops of the
+// same shared object (ops.cpp) register themselves when it is loaded. No torch header here: pybind11's own are newer.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "core/arch.h"
+#include "core/block.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict cpu_features() {
+  py::dict result;
+  for (const auto& feature : mbv2::cpu_features()) result[py::str(feature.first)] = feature.second;
+  return result;
+}
+
+py::list tiers() {
+  py::list result;
+  for (const mbv2::TierStatus& status : mbv2::tiers()) {
+    py::dict row;
+    row["name"] = status.name;
+    row["compiled"] = status.compiled;
+    row["runnable"] = status.runnable;
+    row["reason"] = status.reason;
+    row["features"] = py::str(status.features).attr("split")();
+    result.append(row);
+  }
+  return result;
+}
+
+const char* active_tier() {
+  const mbv2::Tier active = mbv2::active_tier();
+  for (const mbv2::TierStatus& status : mbv2::tiers())
+    if (status.tier == active) return status.name;
+  throw std::logic_error("the active tier is not in the list of tiers");
+}
+
+py::dict counters() {
+  py::dict result;
+  for (const mbv2::TierStatus& status : mbv2::tiers()) result[status.name] = mbv2::call_count(status.tier);
+  return result;
+}
+
+double fma_peak(const std::string& tier, double seconds) {
+  const mbv2::TierStatus& status = mbv2::find_tier(tier);
+  if (!status.runnable) throw std::invalid_argument("tier '" + tier + "' cannot run here: " + status.reason);
+  const py::gil_scoped_release release;
+  return mbv2::fma_peak(status.tier, seconds);
+}
+
+void cap_from_environment() {
+  const char* name = std::getenv("MBV2_MAX_ISA");
+  if (!name || !*name) return;
+  try {
+    mbv2::set_max_isa(name);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument("environment variable MBV2_MAX_ISA: " + std::string(error.what()));
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU features, instruction-set tiers and call counters of mbv2_kernels";
+  m.def("cpu_features", &cpu_features, "Features the CPU has and the operating system lets programs use.");
+  m.def("tiers", &tiers, "Every tier, fastest first: name, compiled, runnable, reason (why not), features.");
+  m.def("active_tier", &active_tier, "The tier that runs now.");
+  m.def("max_isa", &mbv2::max_isa, "The cap on the tier, or None. It begins as MBV2_MAX_ISA.");
+  m.def("set_max_isa", &mbv2::set_max_isa, py::arg("name").none(true),
+        "Caps the tier; None lifts the cap. ValueError on unknown names.");
+  m.def("counters", &counters, "Calls of the fused block by tier since the last reset.");
+  m.def("reset_counters", &mbv2::reset_call_counts);
+  m.def("fma_peak", &fma_peak, py::arg("tier"), py::arg("seconds") = 0.1,
+        "GFLOP/s of one thread that does nothing but the tier's fused multiply-adds.");
+  cap_from_environment();
+}

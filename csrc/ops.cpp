@@ -1,0 +1,354 @@
+// torch.ops.mbv2.*, CPU: checks arguments, allocates, calls the core. LibTorch's stable ABI only, so that an object built
+// against one torch runs on the next. The schemas are here; fakes, autograd and autocast are in _registrations.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "core/block.h"
+#include "core/conv.h"
+#include "parallel.h"
+
+namespace {
+
+using mbv2::BlockArgs;
+using mbv2::BlockDims;
+using mbv2::Clamp;
+using mbv2::ConvDims;
+using mbv2::DType;
+using mbv2::Tier;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Plain words instead of STD_TORCH_CHECK, whose text begins with a source path.
+template <class... Words>
+void check(bool ok, const Words&... words) {
+  if (ok) return;
+  std::ostringstream text;
+  text << "mbv2: ";
+  (text << ... << words);
+  throw std::runtime_error(text.str());
+}
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
+}
+
+bool storage_type(ScalarType type, DType* out) {
+  switch (type) {
+    case ScalarType::Float:
+      *out = DType::f32;
+      return true;
+    case ScalarType::BFloat16:
+      *out = DType::bf16;
+      return true;
+    case ScalarType::Half:
+      *out = DType::f16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+void check_tensor(const char* name, const Tensor& t, int64_t dims) {
+  DType unused;
+  check(t.is_cpu(), name, " must be a CPU tensor here");
+  check(storage_type(t.scalar_type(), &unused), name, " must be float32, bfloat16 or float16");
+  check(t.dim() == dims, name, " must have ", dims, " dimensions, got shape ", shape_of(t));
+}
+
+Clamp clamp_of(const char* name, const std::string& activation) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  if (activation == "none") return {-kInfinity, kInfinity};
+  if (activation == "relu") return {0.0f, kInfinity};
+  check(activation == "relu6", name, " must be 'none', 'relu' or 'relu6', got '", activation, "'");
+  return {0.0f, 6.0f};
+}
+
+Tensor plain(const Tensor& t) {
+  Tensor f = t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+  return f.is_contiguous() ? f : torch::stable::contiguous(f);
+}
+
+// The six weights as plain fp32 arrays, and what they say about the block.
+struct Weights {
+  BlockDims dims;
+  Tensor w_depthwise, w_project;
+  OptionalTensor w_expand, b_expand, b_depthwise, b_project;
+
+  mbv2::RawWeights raw() const {
+    const auto data = [](const OptionalTensor& t) {
+      return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+    };
+    return {data(w_expand),    data(b_expand),  static_cast<const float*>(w_depthwise.const_data_ptr()),
+            data(b_depthwise), data(w_project), data(b_project)};
+  }
+};
+
+OptionalTensor plain_bias(const char* name, const OptionalTensor& bias, int64_t channels) {
+  if (!bias) return std::nullopt;
+  check_tensor(name, *bias, 1);
+  check(bias->size(0) == channels, name, " must have ", channels, " elements, got ", bias->size(0));
+  return plain(*bias);
+}
+
+Weights checked_weights(const OptionalTensor& w_expand, const OptionalTensor& b_expand, const Tensor& w_depthwise,
+                        const OptionalTensor& b_depthwise, const Tensor& w_project, const OptionalTensor& b_project) {
+  check_tensor("w_depthwise", w_depthwise, 4);
+  check_tensor("w_project", w_project, 4);
+  const int64_t hidden = w_depthwise.size(0), kernel = w_depthwise.size(2), out = w_project.size(0);
+  check(hidden >= 1 && w_depthwise.size(1) == 1 && w_depthwise.size(3) == kernel && kernel % 2 == 1 &&
+            kernel <= mbv2::kMaxKernel,
+        "w_depthwise must be [hidden, 1, k, k] with odd k up to ", mbv2::kMaxKernel, ", got ", shape_of(w_depthwise));
+  check(out >= 1 && w_project.size(1) == hidden && w_project.size(2) == 1 && w_project.size(3) == 1,
+        "w_project must be [out, ", hidden, ", 1, 1], got ", shape_of(w_project));
+  int64_t in = hidden;
+  if (w_expand) {
+    check_tensor("w_expand", *w_expand, 4);
+    in = w_expand->size(1);
+    check(in >= 1 && w_expand->size(0) == hidden && w_expand->size(2) == 1 && w_expand->size(3) == 1,
+          "w_expand must be [", hidden, ", in, 1, 1], got ", shape_of(*w_expand));
+  } else {
+    check(!b_expand, "b_expand was given without w_expand");
+  }
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  check(in <= kMost && hidden <= kMost && out <= kMost, "more than 2^31 - 1 channels");
+  return {{in, hidden, out, static_cast<int>(kernel), w_expand.has_value()},
+          plain(w_depthwise),
+          plain(w_project),
+          w_expand ? OptionalTensor(plain(*w_expand)) : std::nullopt,
+          plain_bias("b_expand", b_expand, hidden),
+          plain_bias("b_depthwise", b_depthwise, hidden),
+          plain_bias("b_project", b_project, out)};
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType type) {
+  AtenTensorHandle handle;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor packed_from(const Weights& weights) {
+  const Tier tier = mbv2::active_tier();
+  const int64_t size = mbv2::packed_layout(weights.dims, tier).size;
+  Tensor packed = empty({size}, {1}, ScalarType::Float);
+  mbv2::pack(weights.dims, weights.raw(), tier, static_cast<float*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+// Output size along one axis and the padding before it; padding -1 is "same" as TensorFlow means it.
+int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t* before) {
+  const int64_t reach = (kernel - 1) * dilation + 1;
+  if (padding < 0) {
+    const int64_t out = (in + stride - 1) / stride, total = (out - 1) * stride + reach - in;
+    *before = total > 0 ? total / 2 : 0;
+    return out;
+  }
+  *before = padding;
+  const int64_t span = in + 2 * padding - reach;
+  return span < 0 ? 0 : span / stride + 1;
+}
+
+// Dense channels_last memory for y.
+Tensor empty_output(int64_t batch, int64_t channels, int64_t height, int64_t width, ScalarType type) {
+  return empty({batch, channels, height, width}, {height * width * channels, 1, width * channels, channels}, type);
+}
+
+void check_geometry(int64_t stride, int64_t padding, int64_t dilation) {
+  constexpr int64_t kMost = 1 << 20;
+  check(stride >= 1 && stride <= kMost, "stride must be at least 1, got ", stride);
+  check(dilation >= 1 && dilation <= kMost, "dilation must be at least 1, got ", dilation);
+  check(padding >= -1 && padding <= kMost, "padding must be at least 0, or -1 for 'same', got ", padding);
+}
+
+bool is_packed_array(const Tensor& packed) {
+  return packed.is_cpu() && packed.dim() == 1 && packed.is_contiguous() && packed.scalar_type() == ScalarType::Float;
+}
+
+Tensor run(const Tensor& x_given, const Tensor& packed, const BlockDims& dims, int64_t stride, int64_t padding,
+           int64_t dilation, const std::string& activation, const std::string& final_activation, bool residual) {
+  check_tensor("x", x_given, 4);
+  check(x_given.size(1) == dims.in_channels, "x must have ", dims.in_channels, " channels, got shape ",
+        shape_of(x_given));
+  check_geometry(stride, padding, dilation);
+
+  BlockArgs a;
+  a.dims = dims;
+  a.stride = stride;
+  a.dilation = dilation;
+  a.activation = clamp_of("activation", activation);
+  a.final_activation = clamp_of("final_activation", final_activation);
+  a.residual = residual;
+  storage_type(x_given.scalar_type(), &a.dtype);
+  a.batch = x_given.size(0);
+  a.height = x_given.size(2);
+  a.width = x_given.size(3);
+  a.out_height = out_size(a.height, dims.kernel, stride, padding, dilation, &a.pad_top);
+  a.out_width = out_size(a.width, dims.kernel, stride, padding, dilation, &a.pad_left);
+  check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x_given),
+        " is smaller than the depthwise kernel with its padding");
+  if (residual) {
+    check(final_activation == "none", "residual and final_activation cannot be combined");
+    check(dims.in_channels == dims.out_channels && a.out_height == a.height && a.out_width == a.width,
+          "residual needs an output of x's shape: x ", shape_of(x_given), ", output [", a.batch, ", ",
+          dims.out_channels, ", ", a.out_height, ", ", a.out_width, "]");
+  }
+  Tier tier;
+  check(is_packed_array(packed) &&
+            mbv2::packed_tier(static_cast<const float*>(packed.const_data_ptr()), packed.numel(), dims, &tier),
+        "packed does not hold this block's weights: pack them with pack_inverted_residual");
+
+  Tensor y = empty_output(a.batch, dims.out_channels, a.out_height, a.out_width, x_given.scalar_type());
+  if (y.numel() == 0) return y;
+
+  const bool channels_adjoin = x_given.stride(1) == 1 || x_given.size(1) == 1;
+  const Tensor x = channels_adjoin ? x_given : torch::stable::contiguous(x_given, MemoryFormat::ChannelsLast);
+  a.x = x.const_data_ptr();
+  a.x_stride_image = x.stride(0);
+  a.x_stride_row = x.stride(2);
+  a.x_stride_pixel = x.stride(3);
+  a.y = y.mutable_data_ptr();
+  a.packed = static_cast<const float*>(packed.const_data_ptr());
+
+  const mbv2::Parallel parallel = mbv2::torch_parallel();
+  const mbv2::Plan plan = mbv2::make_plan(a, mbv2::packed_layout(dims, tier), tier, parallel.threads);
+  mbv2::run_block(a, tier, plan, parallel);
+  mbv2::count_call(tier);
+  return y;
+}
+
+Tensor pack_inverted_residual(OptionalTensor w_expand, OptionalTensor b_expand, Tensor w_depthwise,
+                              OptionalTensor b_depthwise, Tensor w_project, OptionalTensor b_project) {
+  return packed_from(checked_weights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project));
+}
+
+// Takes what fakes need to know without reading `packed`; packed_tier() compares it with the array's header.
+Tensor inverted_residual_packed(Tensor x, Tensor packed, int64_t hidden_channels, int64_t out_channels,
+                                int64_t kernel_size, bool expand, int64_t stride, int64_t padding, int64_t dilation,
+                                std::string activation, std::string final_activation, bool residual) {
+  check_tensor("x", x, 4);
+  check(kernel_size >= 1 && kernel_size <= mbv2::kMaxKernel, "kernel_size must be 1 to ", mbv2::kMaxKernel, ", got ",
+        kernel_size);
+  const BlockDims dims{x.size(1), hidden_channels, out_channels, static_cast<int>(kernel_size), expand};
+  return run(x, packed, dims, stride, padding, dilation, activation, final_activation, residual);
+}
+
+Tensor inverted_residual(Tensor x, OptionalTensor w_expand, OptionalTensor b_expand, Tensor w_depthwise,
+                         OptionalTensor b_depthwise, Tensor w_project, OptionalTensor b_project, int64_t stride,
+                         int64_t padding, int64_t dilation, std::string activation, std::string final_activation,
+                         bool residual) {
+  const Weights weights = checked_weights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project);
+  return run(x, packed_from(weights), weights.dims, stride, padding, dilation, activation, final_activation, residual);
+}
+
+// ---- Dense convolutions around the blocks ---------------------------------------------------------------------------
+
+ConvDims checked_conv(const Tensor& weight, const OptionalTensor& bias) {
+  check_tensor("weight", weight, 4);
+  const int64_t out = weight.size(0), in = weight.size(1), kernel = weight.size(2);
+  check(out >= 1 && in >= 1 && weight.size(3) == kernel && kernel >= 1 && kernel <= mbv2::kMaxKernel,
+        "weight must be [out, in, k, k] with k up to ", mbv2::kMaxKernel, ", got ", shape_of(weight));
+  check(out < (int64_t{1} << 31) && in < (int64_t{1} << 31), "more than 2^31 - 1 channels");
+  if (bias) {
+    check_tensor("bias", *bias, 1);
+    check(bias->size(0) == out, "bias must have ", out, " elements, got ", bias->size(0));
+  }
+  return {in, out, static_cast<int>(kernel)};
+}
+
+Tensor pack_conv(Tensor weight, OptionalTensor bias) {
+  const ConvDims dims = checked_conv(weight, bias);
+  const Tier tier = mbv2::active_tier();
+  const Tensor w = plain(weight);
+  const OptionalTensor b = bias ? OptionalTensor(plain(*bias)) : std::nullopt;
+  Tensor packed = empty({mbv2::conv_layout(dims, tier).size}, {1}, ScalarType::Float);
+  mbv2::pack_conv(dims, static_cast<const float*>(w.const_data_ptr()),
+                  b ? static_cast<const float*>(b->const_data_ptr()) : nullptr, tier,
+                  static_cast<float*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+Tensor conv_act_packed(Tensor x, Tensor packed, int64_t out_channels, int64_t kernel_size, int64_t stride,
+                       int64_t padding, std::string activation) {
+  check_tensor("x", x, 4);
+  check(kernel_size >= 1 && kernel_size <= mbv2::kMaxKernel, "kernel_size must be 1 to ", mbv2::kMaxKernel, ", got ",
+        kernel_size);
+  check_geometry(stride, padding, 1);
+  mbv2::ConvArgs a;
+  a.dims = {x.size(1), out_channels, static_cast<int>(kernel_size)};
+  a.stride = stride;
+  a.activation = clamp_of("activation", activation);
+  storage_type(x.scalar_type(), &a.dtype);
+  a.batch = x.size(0);
+  a.height = x.size(2);
+  a.width = x.size(3);
+  a.out_height = out_size(a.height, kernel_size, stride, padding, 1, &a.pad_top);
+  a.out_width = out_size(a.width, kernel_size, stride, padding, 1, &a.pad_left);
+  check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x),
+        " is smaller than the kernel with its padding");
+  Tier tier;
+  check(is_packed_array(packed) && mbv2::packed_conv_tier(static_cast<const float*>(packed.const_data_ptr()),
+                                                         packed.numel(), a.dims, &tier),
+        "packed does not hold this convolution's weights: pack them with pack_conv");
+  Tensor y = empty_output(a.batch, out_channels, a.out_height, a.out_width, x.scalar_type());
+  if (y.numel() == 0) return y;
+  a.x = x.const_data_ptr();
+  a.x_stride_image = x.stride(0);
+  a.x_stride_channel = x.stride(1);
+  a.x_stride_row = x.stride(2);
+  a.x_stride_pixel = x.stride(3);
+  a.y = y.mutable_data_ptr();
+  a.packed = static_cast<const float*>(packed.const_data_ptr());
+  mbv2::run_conv(a, tier, mbv2::torch_parallel());
+  mbv2::count_call(tier);
+  return y;
+}
+
+Tensor conv_act(Tensor x, Tensor weight, OptionalTensor bias, int64_t stride, int64_t padding, std::string activation) {
+  const Tensor packed = pack_conv(weight, bias);
+  return conv_act_packed(x, packed, weight.size(0), weight.size(2), stride, padding, activation);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(mbv2, m) {
+  m.def(
+      "inverted_residual(Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, Tensor? b_depthwise, "
+      "Tensor w_project, Tensor? b_project, int stride, int padding, int dilation, str activation, "
+      "str final_activation, bool residual) -> Tensor");
+  m.def(
+      "pack_inverted_residual(Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, Tensor? b_depthwise, "
+      "Tensor w_project, Tensor? b_project) -> Tensor");
+  m.def(
+      "inverted_residual_packed(Tensor x, Tensor packed, int hidden_channels, int out_channels, int kernel_size, "
+      "bool expand, int stride, int padding, int dilation, str activation, str final_activation, bool residual) "
+      "-> Tensor");
+  m.def("conv_act(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, str activation) -> Tensor");
+  m.def("pack_conv(Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "conv_act_packed(Tensor x, Tensor packed, int out_channels, int kernel_size, int stride, int padding, "
+      "str activation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
+  m.impl("inverted_residual", TORCH_BOX(&inverted_residual));
+  m.impl("pack_inverted_residual", TORCH_BOX(&pack_inverted_residual));
+  m.impl("inverted_residual_packed", TORCH_BOX(&inverted_residual_packed));
+  m.impl("conv_act", TORCH_BOX(&conv_act));
+  m.impl("pack_conv", TORCH_BOX(&pack_conv));
+  m.impl("conv_act_packed", TORCH_BOX(&conv_act_packed));
+}
