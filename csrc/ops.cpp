@@ -1,5 +1,6 @@
-// torch.ops.mbv2.*, CPU: checks arguments, allocates, calls the core. LibTorch's stable ABI only, so that an object built
-// against one torch runs on the next. The schemas are here; fakes, autograd and autocast are in _registrations.py.
+// torch.ops.mbv2.*, CPU: checks arguments, allocates, calls the core. LibTorch's stable ABI only, so that an object
+// built against one torch runs on the next. The schemas are here; fakes, autograd and autocast are in
+// _registrations.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -225,7 +226,7 @@ Tensor run(const Tensor& x_given, const Tensor& packed, const BlockDims& dims, i
   a.packed = static_cast<const float*>(packed.const_data_ptr());
 
   const mbv2::Parallel parallel = mbv2::torch_parallel();
-  const mbv2::Plan plan = mbv2::make_plan(a, mbv2::packed_layout(dims, tier), tier, parallel.threads);
+  const mbv2::Plan plan = mbv2::make_plan(a, mbv2::packed_layout(dims, tier), parallel.threads);
   mbv2::run_block(a, tier, plan, parallel);
   mbv2::count_call(tier);
   return y;
@@ -301,8 +302,8 @@ Tensor conv_act_packed(Tensor x, Tensor packed, int64_t out_channels, int64_t ke
   check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x),
         " is smaller than the kernel with its padding");
   Tier tier;
-  check(is_packed_array(packed) && mbv2::packed_conv_tier(static_cast<const float*>(packed.const_data_ptr()),
-                                                         packed.numel(), a.dims, &tier),
+  check(is_packed_array(packed) &&
+            mbv2::packed_conv_tier(static_cast<const float*>(packed.const_data_ptr()), packed.numel(), a.dims, &tier),
         "packed does not hold this convolution's weights: pack them with pack_conv");
   Tensor y = empty_output(a.batch, out_channels, a.out_height, a.out_width, x.scalar_type());
   if (y.numel() == 0) return y;

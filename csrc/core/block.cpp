@@ -1,6 +1,7 @@
 // Cuts a call into work items and runs them; chooses the sizes of the passes.
 #include "block.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <memory>
@@ -36,7 +37,7 @@ struct Call {
   const Plan plan;
   const TierKernels& kernels;
   float* partial;
-  int64_t partial_stride;              // floats between the partial sums of two splits
+  int64_t partial_stride;             // floats between the partial sums of two splits
   std::atomic<int64_t>* outstanding;  // splits still at work, for each image and row part
 
   void run(int64_t index) const {
@@ -81,24 +82,32 @@ const TierKernels* tier_kernels(Tier tier) {
   }
 }
 
-Plan make_plan(const BlockArgs& a, const PackedLayout& l, Tier tier, int threads) {
+Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   const BlockDims& d = a.dims;
   const int64_t reach = (d.kernel - 1) * a.dilation + 1;
-  const int64_t l1 = tier == Tier::avx512 ? 48 * 1024 : 32 * 1024, l2 = 512 * 1024;
+  // Measured (csrc/TUNING.md), and flat around these values.
+  constexpr int64_t kPixels = 98, kChunk = 168, kRing = 96 * 1024, kSums = 256 * 1024;
   Plan p;
 
-  // Rows a group: enough pixels (28 or so) for full register tiles, for each load of a weight panel.
-  p.group_rows = clamp(28 / (a.out_width ? a.out_width : 1), 1, a.out_height);
+  // Rows a group: enough pixels to make full register tiles, and to use a panel of weights often once it is in L1, but
+  // not so many that the rows of e they need leave no room for a chunk of fair width.
+  const int64_t row_of_e = d.expand ? (a.width + 2 * a.pad_left) * 4 : 0;  // bytes a channel
+  const auto rows_of_e = [&](int64_t rows) { return std::min((rows - 1) * a.stride + reach, a.height); };
+  int64_t group = clamp(kPixels / std::max<int64_t>(a.out_width, 1), 1, std::max<int64_t>(a.out_height, 1));
+  while (group > 1 && rows_of_e(group) * row_of_e * 96 > kRing) --group;
+  p.group_rows = ceil_divide(a.out_height, ceil_divide(a.out_height, group));
 
-  // Channels a chunk: the ring, half of L1; at least one panel. Wider chunks cost less traffic of partial sums.
-  const int64_t panel = l.vector * l.hidden_panel;
-  const int64_t ring_rows = d.expand ? (p.group_rows - 1) * a.stride + reach : 0;
-  const int64_t pixels = ring_rows * (a.width + 2 * a.pad_left) + p.group_rows * a.out_width;
-  p.chunk = clamp(l1 * 3 / 4 / 4 / (pixels ? pixels : 1) / panel, 1, ceil_divide(l.hidden_padded, panel)) * panel;
+  // Channels a chunk: as equal as panels allow. Wide ones write and read the partial sums less often; from a point on
+  // the rows of e that wait for the depthwise pass fall too far out of L1.
+  const int64_t panel = l.vector * l.hidden_panel, panels = ceil_divide(l.hidden_padded, panel);
+  const int64_t channel_of_e = rows_of_e(p.group_rows) * row_of_e;
+  const int64_t fits = channel_of_e ? std::min(kChunk, kRing / channel_of_e) : kChunk;
+  const int64_t most = std::max<int64_t>(fits / panel, 1);
+  p.chunk = ceil_divide(panels, ceil_divide(panels, most)) * panel;
 
   // Rows a band: all of them if the sums stay in L2, so that weights are read once.
   const int64_t row_bytes = a.out_width * l.out_padded * 4;
-  p.band_rows = a.out_height * row_bytes <= l2 / 2 ? a.out_height : clamp(l2 / 4 / row_bytes, 1, a.out_height);
+  p.band_rows = a.out_height * row_bytes <= kSums ? a.out_height : clamp(kSums / 4 / row_bytes, 1, a.out_height);
 
   // Threads: whole images if they share out evenly; else cut images by rows (the rows around a cut are expanded twice)
   // or by hidden channels (the partial sums are written and added up by one thread), whichever costs less.

@@ -3,8 +3,9 @@
 // The block, with BatchNorm already folded into weights and biases, for one pixel p of one image:
 //
 //   e[c]    = act( b1[c] + sum_i  w1[c][i] * x[p][i] )                      expand     1x1      Cin -> C
-//   d[q][c] = act( b2[c] + sum_t  wd[c][t] * e[stride*q + dilation*t - pad][c] )   depthwise  k x k    C   (zero outside the image)
-//   y[q][o] = final( b3[o] + sum_c w2[o][c] * d[q][c] ) (+ x[q][o])         project    1x1      C   -> Cout
+//   d[q][c] = act( b2[c] + sum_t  wd[c][t] * e[stride*q + dilation*t - pad][c] )   depthwise  k x k    C   (zero
+//   outside the image) y[q][o] = final( b3[o] + sum_c w2[o][c] * d[q][c] ) (+ x[q][o])         project    1x1      C ->
+//   Cout
 //
 // Without expand (MobileNetV1, and t = 1 in MobileNetV2) e is x itself. The padding is zeros in e, not act(b1): it is
 // applied after the activation. All arithmetic is fp32; x and y may be stored in fp32, bf16 or fp16.
@@ -55,17 +56,17 @@ struct BlockArgs {
 //   wd  [hidden vectors][k*k][vector]      b2 [hidden padded]
 //   w2  [out panels][C][panel]             b3 [out padded]
 //
-// So a chunk of hidden channels is a run of whole panels of w1, and a run of rows in each panel of w2: the chunk's width
-// is free to be chosen at run time, per image size.
+// So a chunk of hidden channels is a run of whole panels of w1, and a run of rows in each panel of w2: the chunk's
+// width is free to be chosen at run time, per image size.
 struct PackedLayout {
-  int vector;                      // floats a vector
-  int hidden_panel, out_panel;     // vectors a panel
+  int vector;                   // floats a vector
+  int hidden_panel, out_panel;  // vectors a panel
   int64_t hidden_padded, out_padded;
   int64_t w1, b1, wd, b2, w2, b3;  // offsets in floats
   int64_t size;                    // floats in all, header included
 };
 
-struct RawWeights {                // torch's shapes, fp32, contiguous; biases may be null
+struct RawWeights {  // torch's shapes, fp32, contiguous; biases may be null
   const float *w_expand, *b_expand, *w_depthwise, *b_depthwise, *w_project, *b_project;
 };
 
@@ -82,8 +83,6 @@ struct Parallel {
   int threads;
 };
 
-
-
 // GFLOP/s of one thread doing nothing but this tier's fused multiply-adds (2 FLOP each a lane).
 double fma_peak(Tier tier, double seconds);
 
@@ -96,7 +95,7 @@ struct Plan {
   int64_t splits;      // its hidden channels, shared out: partial sums, added in fixed order by the last to finish
 };
 
-Plan make_plan(const BlockArgs& args, const PackedLayout& layout, Tier tier, int threads);
+Plan make_plan(const BlockArgs& args, const PackedLayout& layout, int threads);
 void run_block(const BlockArgs& args, Tier tier, const Plan& plan, const Parallel& parallel);
 
 // One work item: rows [row_begin, row_end) of one image, hidden channels [hidden_begin, hidden_end).
@@ -110,8 +109,8 @@ struct ConvLayout;
 struct ConvItem;
 
 struct TierKernels {
-  int vector;        // floats a vector
-  int max_panel;     // widest register tile, in vectors
+  int vector;     // floats a vector
+  int max_panel;  // widest register tile, in vectors
   size_t (*scratch_floats)(const BlockArgs&, const PackedLayout&, const Plan&);
   void (*work)(const BlockArgs&, const PackedLayout&, const Plan&, const WorkItem&, float* scratch);
   // y rows of one image from `splits` partial sums that lie `stride` floats apart
@@ -122,7 +121,7 @@ struct TierKernels {
   // `iterations` times kFmaChains independent multiply-adds a lane; the value returned only keeps them alive
   float (*fma_chains)(int64_t iterations);
 };
-constexpr int kFmaChains = 12;   // more than latency x ports of any CPU we know, fewer than AVX2's registers
+constexpr int kFmaChains = 12;  // more than latency x ports of any CPU we know, fewer than AVX2's registers
 constexpr int kMaxKernel = 31;
 
 const TierKernels* tier_kernels(Tier tier);  // null when this build lacks the tier

@@ -8,8 +8,8 @@
 //       depthwise  ring    -> d                                                  [pixel][chunk], L1
 //       project    d       -> acc += , or y if this was the last chunk           [pixel][out_padded]
 //
-// The hidden tensor exists only as a few rows of one chunk. When an item has several bands each chunk keeps a ring of its
-// own, so that rows shared by two bands are not computed twice.
+// The hidden tensor exists only as a few rows of one chunk. When an item has several bands each chunk keeps a ring of
+// its own, so that rows shared by two bands are not computed twice.
 //
 // No #pragma once: included once a tier.
 
@@ -20,10 +20,11 @@ struct ExpandEpilogue {
   float* out;
   const int32_t* offset;  // where a row of the product lies in the ring
   V::T lo, hi;
-  ALWAYS_INLINE V::T start(int64_t, int j) const { return V::load(bias + j * V::width); }
+  ALWAYS_INLINE V::T start(int j) const { return V::load(bias + j * V::width); }
   ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
     V::store(out + offset[row] + j * V::width, V::clamp(v, lo, hi));
   }
+  ALWAYS_INLINE void skip(int64_t rows) { offset += rows; }
 };
 
 // ---- Depthwise ------------------------------------------------------------------------------------------------------
@@ -54,10 +55,11 @@ ALWAYS_INLINE void depthwise_run(const DepthwiseRow& r, int64_t ox, int64_t vect
     if (!r.rows[dy]) continue;
     V::T w[Kernel];
     UNROLL for (int t = 0; t < Kernel; ++t) w[t] = V::load(weights + (dy * Kernel + t) * V::width);
-    const float* p = r.rows[dy] + at;
-    UNROLL for (int c = 0; c < (Count - 1) * Stride + Kernel; ++c) {
-      const V::T pixel = V::load(p);
-      p += r.pitch;
+    constexpr int kColumns = (Count - 1) * Stride + Kernel, kBases = (kColumns + 2) / 3;  // as in tile()
+    const float* base[kBases];
+    UNROLL for (int i = 0; i < kBases; ++i) base[i] = r.rows[dy] + at + 3 * i * r.pitch;
+    UNROLL for (int c = 0; c < kColumns; ++c) {
+      const V::T pixel = V::load(base[c / 3] + (c % 3) * r.pitch);
       UNROLL for (int u = 0; u < Count; ++u) {
         const int t = c - u * Stride;
         if (t >= 0 && t < Kernel) acc[u] = V::fma(pixel, w[t], acc[u]);
@@ -135,10 +137,10 @@ static void depthwise_row(const DepthwiseRow& r) {
 
 // How an item's buffers lie in its scratch.
 struct Buffers {
-  bool widen;             // x is copied to fp32 first (16-bit storage, or no expand with channels that fill no vector)
+  bool widen;  // x is copied to fp32 first (16-bit storage, or no expand with channels that fill no vector)
   int64_t bands;
   int64_t ring_rows, ring_pitch, ring_size, rings;
-  int64_t wide_rows, wide_pitch;  // copied x
+  int64_t wide_rows, wide_pitch;              // copied x
   int64_t d, acc, ring, wide, offsets, size;  // offsets in floats
 };
 
@@ -275,8 +277,8 @@ struct Item {
     }
   }
 
-  // Output rows [begin, end), hidden channels [hidden, hidden + depth), all output channels: on top of `sums`, or of the
-  // bias if this is the first chunk; into y if `write`, else back into `sums`.
+  // Output rows [begin, end), hidden channels [hidden, hidden + depth), all output channels: on top of `sums`, or of
+  // the bias if this is the first chunk; into y if `write`, else back into `sums`.
   void project(int64_t begin, int64_t end, int64_t hidden, int64_t depth, bool first, bool write, float* sums) {
     const int64_t vectors = l.out_padded / V::width;
     // The residual's rows may lie apart (a channel slice with gaps): then one row at a time.
@@ -290,14 +292,14 @@ struct Item {
         const int64_t at = (row - begin) * a.out_width, rows = step * a.out_width;
         const float* from = d + at * plan.chunk;
         float* to = sums + at * l.out_padded + v * V::width;
-        const SumStart start = first ? SumStart{bias, 0} : SumStart{to, l.out_padded};
+        const Sums start{first ? bias : kZeros, first ? nullptr : to, l.out_padded};
         if constexpr (kDirect) {
           if (write) {
             product(width, {from, plan.chunk, depth}, rows, w, WriteOutput{start, output_rows(row, v)});
             continue;
           }
         }
-        product(width, {from, plan.chunk, depth}, rows, w, KeepSum{start, to, l.out_padded});
+        product(width, {from, plan.chunk, depth}, rows, w, KeepSum{start, to});
       }
     }
     if (!kDirect && write) write_rows(begin, end, sums, 1, 0);

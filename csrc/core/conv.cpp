@@ -12,8 +12,14 @@ namespace {
 constexpr uint32_t kConvMagic = 0x6d627663;  // "mbvc"
 
 PackedHeader header_for(const ConvDims& d, Tier tier) {
-  return {kConvMagic, static_cast<uint32_t>(tier), static_cast<int32_t>(d.in_channels), 0,
-          static_cast<int32_t>(d.out_channels), d.kernel, 0, 0};
+  return {kConvMagic,
+          static_cast<uint32_t>(tier),
+          static_cast<int32_t>(d.in_channels),
+          0,
+          static_cast<int32_t>(d.out_channels),
+          d.kernel,
+          0,
+          0};
 }
 
 }  // namespace

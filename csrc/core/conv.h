@@ -1,7 +1,8 @@
-// The contract of the layers around the blocks: a dense convolution with its BatchNorm folded and its activation, as the
-// stem (3x3, stride 2, 3 input channels) and the head (1x1, 320 -> 1280) of MobileNets have them.
+// The contract of the layers around the blocks: a dense convolution with its BatchNorm folded and its activation, as
+// the stem (3x3, stride 2, 3 input channels) and the head (1x1, 320 -> 1280) of MobileNets have them.
 //
-//   y[q][o] = act( b[o] + sum_{dy,dx,i} w[o][dy][dx][i] * x[stride*q + (dy,dx) - pad][i] )        (zero outside the image)
+//   y[q][o] = act( b[o] + sum_{dy,dx,i} w[o][dy][dx][i] * x[stride*q + (dy,dx) - pad][i] )        (zero outside the
+//   image)
 //
 // x may have any strides (a camera's NCHW picture is read as it is); y is dense channels_last. fp32 arithmetic.
 #pragma once
@@ -41,8 +42,8 @@ bool packed_conv_tier(const float* packed, int64_t size, const ConvDims& dims, T
 
 void run_conv(const ConvArgs& args, Tier tier, const Parallel& parallel);
 
-// One work item: output lines [line_begin, line_end), panels [panel_begin, panel_end). A line is a row of an output image;
-// for a 1x1 convolution of stride 1 it is a run of kPointwiseLine pixels, wherever their images begin.
+// One work item: output lines [line_begin, line_end), panels [panel_begin, panel_end). A line is a row of an output
+// image; for a 1x1 convolution of stride 1 it is a run of kPointwiseLine pixels, wherever their images begin.
 constexpr int64_t kPointwiseLine = 56;
 struct ConvItem {
   int64_t line_begin, line_end, panel_begin, panel_end;

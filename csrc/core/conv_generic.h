@@ -1,7 +1,8 @@
 // The dense convolution over the register tiles of tile_generic.h, which says what may not be done here.
 //
-// A window's rows are runs of kernel * Cin neighbouring floats of a channels_last image, so the convolution is a product
-// whose left rows have `kernel` segments: no im2col. The image's rows are copied once, to fp32 with zeros around them.
+// A window's rows are runs of kernel * Cin neighbouring floats of a channels_last image, so the convolution is a
+// product whose left rows have `kernel` segments: no im2col. The image's rows are copied once, to fp32 with zeros
+// around them.
 //
 // No #pragma once: included once a tier.
 
@@ -23,7 +24,7 @@ struct ConvWork {
     for (int64_t panel = item.panel_begin; panel < item.panel_end; ++panel) {
       const int64_t v = panel * l.panel, width = min64(l.panel, vectors - v);
       const float* w = a.packed + l.w + v * V::width * depth;
-      const SumStart start{a.packed + l.b + v * V::width, 0};
+      const Sums start{a.packed + l.b + v * V::width, nullptr, width * V::width};
       Output<Storage> out;
       out.y = static_cast<Element*>(a.y) + pixel * a.dims.out_channels + v * V::width;
       out.y_stride = a.dims.out_channels;
@@ -36,7 +37,7 @@ struct ConvWork {
       if constexpr (sizeof(Element) == sizeof(float)) {
         product(width, left, rows, w, WriteOutput{start, out});
       } else {
-        product(width, left, rows, w, KeepSum{start, sums, width * V::width});
+        product(width, left, rows, w, KeepSum{start, sums});
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t j = 0; j < width; ++j)
             out.write(r, static_cast<int>(j), V::load(sums + (r * width + j) * V::width));
@@ -90,8 +91,7 @@ struct ConvWork {
     const int64_t pixels = a.batch * a.height * a.width, image_pixels = a.height * a.width;
     const int64_t channels = a.dims.in_channels;
     const bool direct = sizeof(Element) == sizeof(float) && a.x_stride_channel == 1 &&
-                        a.x_stride_row == a.width * a.x_stride_pixel &&
-                        a.x_stride_image == a.height * a.x_stride_row;
+                        a.x_stride_row == a.width * a.x_stride_pixel && a.x_stride_image == a.height * a.x_stride_row;
     float* sums = scratch + kPointwiseLine * channels;
     const int64_t end = min64(item.line_end * kPointwiseLine, pixels);
     for (int64_t pixel = item.line_begin * kPointwiseLine; pixel < end; pixel += kPointwiseLine) {

@@ -58,7 +58,9 @@ bool read_header(const float* packed, int64_t size, uint32_t magic, PackedHeader
   std::memcpy(header, packed, sizeof *header);
   if (header->magic != magic || header->tier > static_cast<uint32_t>(Tier::avx512)) return false;
   *tier = static_cast<Tier>(header->tier);
-  return tier_kernels(*tier) != nullptr;
+  for (const TierStatus& status : tiers())  // it may come from another machine
+    if (status.tier == *tier) return status.runnable;
+  return false;
 }
 
 PackedLayout packed_layout(const BlockDims& d, Tier tier) {

@@ -18,7 +18,7 @@ struct PackedHeader {
 };
 static_assert(sizeof(PackedHeader) <= kPackedHeader * sizeof(float), "the header has one cache line");
 
-// False when the array is too short, was not made for `magic`, or names a tier that this build lacks.
+// False when the array is too short, was not made for `magic`, or names a tier that cannot run here.
 bool read_header(const float* packed, int64_t size, uint32_t magic, PackedHeader* header, Tier* tier);
 
 // The panel width, in vectors, for a matrix `vectors` wide.

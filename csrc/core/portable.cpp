@@ -9,9 +9,7 @@ namespace mbv2 {
 namespace {
 
 struct V {
-  struct T {
-    float lane[4];
-  };
+  typedef float T __attribute__((vector_size(16)));  // GCC's and Clang's: any target, in what registers it has
   static constexpr int width = 4;
   static constexpr int kMaxPanel = 2;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 4, 4};
@@ -19,31 +17,24 @@ struct V {
 
 #define V_INLINE static inline __attribute__((always_inline))
 #define LANES for (int i = 0; i < width; ++i)
-  V_INLINE T set(float v) { return {{v, v, v, v}}; }
-  V_INLINE T load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
-  V_INLINE void store(float* p, T v) { LANES p[i] = v.lane[i]; }
+  V_INLINE T set(float v) { return T{v, v, v, v}; }
+  V_INLINE T load(const float* p) { return T{p[0], p[1], p[2], p[3]}; }
+  V_INLINE void store(float* p, T v) { LANES p[i] = v[i]; }
   V_INLINE T broadcast(const float* p) { return set(*p); }
-  V_INLINE T fma(T a, T b, T c) {
-    LANES c.lane[i] += a.lane[i] * b.lane[i];
-    return c;
-  }
-  V_INLINE T add(T a, T b) {
-    LANES a.lane[i] += b.lane[i];
-    return a;
-  }
+  V_INLINE T fma(T a, T b, T c) { return c + a * b; }
+  V_INLINE T add(T a, T b) { return a + b; }
   // Comparisons with NaN are false, so NaN stays.
   V_INLINE T clamp(T v, T lo, T hi) {
-    LANES v.lane[i] = v.lane[i] < lo.lane[i] ? lo.lane[i] : v.lane[i];
-    LANES v.lane[i] = v.lane[i] > hi.lane[i] ? hi.lane[i] : v.lane[i];
-    return v;
+    v = v < lo ? lo : v;
+    return v > hi ? hi : v;
   }
   V_INLINE T load(const float* p, int n) {
     T v = {};
-    for (int i = 0; i < n; ++i) v.lane[i] = p[i];
+    for (int i = 0; i < n; ++i) v[i] = p[i];
     return v;
   }
   V_INLINE void store(float* p, T v, int n) {
-    for (int i = 0; i < n; ++i) p[i] = v.lane[i];
+    for (int i = 0; i < n; ++i) p[i] = v[i];
   }
 
   V_INLINE float from_bits(uint32_t bits) {
@@ -58,13 +49,13 @@ struct V {
   }
   V_INLINE T load_bf16(const uint16_t* p) {
     T v;
-    LANES v.lane[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
+    LANES v[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
     return v;
   }
   // Round to nearest, ties to even; a NaN keeps its sign and becomes quiet (rounding could carry it into infinity).
   V_INLINE void store_bf16(uint16_t* p, T v) {
     LANES {
-      const uint32_t bits = to_bits(v.lane[i]);
+      const uint32_t bits = to_bits(v[i]);
       const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
       p[i] = static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
     }
@@ -77,13 +68,13 @@ struct V {
       const uint32_t sign = static_cast<uint32_t>(p[i] & 0x8000u) << 16, rest = p[i] & 0x7fffu;
       const float magnitude = rest >= 0x7c00u ? from_bits(0x7f800000u | (rest & 0x3ffu) << 13)
                                               : from_bits(rest << 13) * from_bits(239u << 23);
-      v.lane[i] = from_bits(to_bits(magnitude) | sign);
+      v[i] = from_bits(to_bits(magnitude) | sign);
     }
     return v;
   }
   V_INLINE void store_f16(uint16_t* p, T v) {
     LANES {
-      const uint32_t bits = to_bits(v.lane[i]), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+      const uint32_t bits = to_bits(v[i]), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
       uint32_t half;
       if (magnitude > 0x7f800000u) {
         half = 0x7e00u | (magnitude >> 13 & 0x3ffu);  // quiet NaN
@@ -110,7 +101,7 @@ struct V {
 }  // namespace
 
 extern const TierKernels kernels_portable;
-const TierKernels kernels_portable = {V::width, V::kMaxPanel, scratch_floats, work, finish,     conv_scratch_floats,
-                                    conv_work, fma_chains};
+const TierKernels kernels_portable = {V::width, V::kMaxPanel,        scratch_floats, work,
+                                      finish,   conv_scratch_floats, conv_work,      fma_chains};
 
 }  // namespace mbv2

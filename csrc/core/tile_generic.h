@@ -1,11 +1,12 @@
 // Register tiles: the one matrix product under every kernel here, and the ways it reads and writes.
 //
-// Included by each tier file inside its own anonymous namespace, after it has defined the vector type V. Nothing here may
-// have external linkage and nothing here may call an inline function of the standard library: such a function would be one
-// weak symbol shared with files compiled for lesser CPUs, and the linker may keep our copy.
+// Included by each tier file inside its own anonymous namespace, after it has defined the vector type V. Nothing here
+// may have external linkage and nothing here may call an inline function of the standard library: such a function would
+// be one weak symbol shared with files compiled for lesser CPUs, and the linker may keep our copy.
 //
-// V offers: T (a register), width, the height limits of its register tiles (kMaxRows[panel]), load/store, broadcast, fma,
-// clamp, and loads and stores of bf16 and fp16. The order of operands in V::clamp decides whether NaN survives: it must.
+// V offers: T (a register), width, the height limits of its register tiles (kMaxRows[panel]), load/store, broadcast,
+// fma, clamp, and loads and stores of bf16 and fp16. The order of operands in V::clamp decides whether NaN survives: it
+// must.
 //
 // No #pragma once: included once a tier.
 
@@ -19,29 +20,31 @@ alignas(64) static const float kZeros[V::kMaxPanel * V::width] = {};
 
 // ---- Register tiles: rows x panel of accumulators -------------------------------------------------------------------
 
-// The left matrix: rows `stride` floats apart; a row is `segments` runs of `depth` floats, `step` floats apart (the rows of
-// a k x k window; a plain matrix has one segment).
+// The left matrix: rows `stride` floats apart; a row is `segments` runs of `depth` floats, `step` floats apart (the
+// rows of a k x k window; a plain matrix has one segment).
 struct Rows {
   const float* first;
   int64_t stride, depth;
   int64_t segments = 1, step = 0;
 };
 
-// b: [segments * depth][ldb]. epilogue: start(row, j) and store(row, j, value).
+// b: [segments * depth][ldb]. epilogue: start(j), store(row, j, value), and skip(rows) to go on to the next tile.
 template <int Height, int Panel, class Epilogue>
-ALWAYS_INLINE void tile(const Rows& a, int64_t row, const float* b, int64_t ldb, const Epilogue& epilogue) {
+ALWAYS_INLINE void tile(const Rows& a, const float* b, int64_t ldb, const Epilogue& epilogue) {
   V::T acc[Height][Panel];
-  UNROLL for (int i = 0; i < Height; ++i)
-    UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = epilogue.start(row + i, j);
-  const int64_t lda = a.stride;
-  for (int64_t segment = 0; segment < a.segments; ++segment) {
-    // One pointer for every three rows: x86 addresses the other two as base + lda and base + 2 * lda, which keeps a tall
-    // tile's row addresses within the general registers.
-    constexpr int kBases = (Height + 2) / 3;
-    const float* base[kBases];
-    UNROLL for (int i = 0; i < kBases; ++i) base[i] = a.first + segment * a.step + (row + 3 * i) * lda;
-    int64_t k = 0;
-    for (; k + 4 <= a.depth; k += 4) {
+  UNROLL for (int j = 0; j < Panel; ++j) {
+    const V::T start = epilogue.start(j);
+    UNROLL for (int i = 0; i < Height; ++i) acc[i][j] = start;
+  }
+  const int64_t lda = a.stride, depth = a.depth, to_next = a.step - depth;
+  // One pointer for every three rows: x86 addresses the other two as base + lda and base + 2 * lda, which keeps a tall
+  // tile's row addresses within the general registers.
+  constexpr int kBases = (Height + 2) / 3;
+  const float* base[kBases];
+  UNROLL for (int i = 0; i < kBases; ++i) base[i] = a.first + 3 * i * lda;
+  for (int64_t segment = a.segments; segment > 0; --segment) {
+    int64_t k = depth;
+    for (; k >= 4; k -= 4) {
       UNROLL for (int u = 0; u < 4; ++u) {
         V::T w[Panel];
         UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + u * ldb + j * V::width);
@@ -53,7 +56,7 @@ ALWAYS_INLINE void tile(const Rows& a, int64_t row, const float* b, int64_t ldb,
       b += 4 * ldb;
       UNROLL for (int i = 0; i < kBases; ++i) base[i] += 4;
     }
-    for (; k < a.depth; ++k) {
+    for (; k > 0; --k) {
       V::T w[Panel];
       UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + j * V::width);
       UNROLL for (int i = 0; i < Height; ++i) {
@@ -63,15 +66,23 @@ ALWAYS_INLINE void tile(const Rows& a, int64_t row, const float* b, int64_t ldb,
       b += ldb;
       UNROLL for (int i = 0; i < kBases; ++i) base[i] += 1;
     }
+    UNROLL for (int i = 0; i < kBases; ++i) base[i] += to_next;
   }
-  UNROLL for (int i = 0; i < Height; ++i)
-    UNROLL for (int j = 0; j < Panel; ++j) epilogue.store(row + i, j, acc[i][j]);
+  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) epilogue.store(i, j, acc[i][j]);
 }
 
-// `count` tiles of the same height below each other: a call costs as much as a tile of short depth, so make few.
+// `count` tiles of the same height below each other, from row `row` on. Where the depth is short (16 in MobileNetV2's
+// second block) what a tile does besides multiplying counts: few calls, and pointers that step instead of being
+// computed anew.
 template <int Height, int Panel, class Epilogue>
-NOINLINE void tiles(const Rows& a, int64_t row, int64_t count, const float* b, int64_t ldb, const Epilogue& epilogue) {
-  for (; count > 0; --count, row += Height) tile<Height, Panel, Epilogue>(a, row, b, ldb, epilogue);
+NOINLINE void tiles(Rows a, int64_t row, int64_t count, const float* b, int64_t ldb, Epilogue epilogue) {
+  a.first += row * a.stride;
+  epilogue.skip(row);
+  for (; count > 0; --count) {
+    tile<Height, Panel, Epilogue>(a, b, ldb, epilogue);
+    a.first += Height * a.stride;
+    epilogue.skip(Height);
+  }
 }
 
 template <int Panel, int Height, class Epilogue>
@@ -153,17 +164,30 @@ using F16 = Half<V::load_f16, V::store_f16>;
 
 // ---- Epilogues ----------------------------------------------------------------------------------
 
-// Sums begin with the bias (stride 0: the same for every row) or go on from where an earlier part of the depth left them.
-struct SumStart {
-  const float* from;
+// What a product's sums begin with (the bias, or zeros), and what is added to them in the end: the sums of the parts of
+// the depth that came before. Adding whole parts, not going on from them, keeps the rounding error of long sums down.
+struct Sums {
+  const float* start_;
+  const float* before;  // null: this is the first part
   int64_t stride;
-  ALWAYS_INLINE V::T start(int64_t row, int j) const { return V::load(from + row * stride + j * V::width); }
+  ALWAYS_INLINE V::T start(int j) const { return V::load(start_ + j * V::width); }
+  ALWAYS_INLINE V::T total(int64_t row, int j, V::T v) const {
+    return before ? V::add(v, V::load(before + row * stride + j * V::width)) : v;
+  }
+  ALWAYS_INLINE void skip(int64_t rows) {
+    if (before) before += rows * stride;
+  }
 };
 
-struct KeepSum : SumStart {
+struct KeepSum : Sums {
   float* out;
-  int64_t out_stride;
-  ALWAYS_INLINE void store(int64_t row, int j, V::T v) const { V::store(out + row * out_stride + j * V::width, v); }
+  ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
+    V::store(out + row * stride + j * V::width, total(row, j, v));
+  }
+  ALWAYS_INLINE void skip(int64_t rows) {
+    Sums::skip(rows);
+    out += rows * stride;
+  }
 };
 
 // Where and how finished sums go to y: `channels` of them are real, the rest of the panel is padding.
@@ -190,12 +214,18 @@ struct Output {
   }
 };
 
-struct WriteOutput : SumStart {
+struct WriteOutput : Sums {
   Output<F32> output;
-  ALWAYS_INLINE void store(int64_t row, int j, V::T v) const { output.write(row, j, v); }
+  ALWAYS_INLINE void store(int64_t row, int j, V::T v) const { output.write(row, j, total(row, j, v)); }
+  ALWAYS_INLINE void skip(int64_t rows) {
+    Sums::skip(rows);
+    output.y += rows * output.y_stride;
+    if (output.x) output.x += rows * output.x_stride;
+  }
 };
 
-// Pixels of x as fp32, each padded with zeros to `pitch` floats; pitch 0: not padded, nothing is written behind the last.
+// Pixels of x as fp32, each padded with zeros to `pitch` floats; pitch 0: not padded, nothing is written behind the
+// last.
 template <class Storage>
 static void widen_row(const typename Storage::Element* x, int64_t pixel_stride, int64_t pixels, int64_t channels,
                       int64_t pitch, float* out) {
