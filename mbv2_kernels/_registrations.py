@@ -1,0 +1,253 @@
+"""The torch ops of namespace mbv2, as torch sees them: schemas, fakes, autograd, autocast.
+
+Three ops are C++ (csrc/ops.cpp, CPU): `inverted_residual`, `pack_inverted_residual`, `inverted_residual_packed`. Two
+are defined here: `inverted_residual_bn`, the block with its BatchNorms unfolded, and `inverted_residual_backward`. The
+packed op is for inference: it has no gradient.
+
+What torch.compile looks through (the backward formulas) is made of plain operations around opaque ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .backends import BlockConfig
+from .fold import BlockTensors, fold, fold_layer_backward
+
+_LIBRARY = torch.library.Library(
+    "mbv2", "FRAGMENT"
+)  # lives as long as this module: its end would undo what is registered
+
+_WEIGHTS = (
+    "Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, Tensor? b_depthwise, Tensor w_project, Tensor? b_project"
+)
+_CONFIG = "int stride, int padding, int dilation, str activation, str final_activation, bool residual"
+_BLOCK_TENSORS = ", ".join(
+    f"Tensor{'' if field in ('depthwise_weight', 'project_weight') else '?'} {field}" for field in BlockTensors._fields
+)
+_N_BLOCK = len(BlockTensors._fields)
+_N_CONFIG = len(BlockConfig._fields)
+
+_LIBRARY.define(
+    f"inverted_residual_bn(Tensor x, {_BLOCK_TENSORS}, float[] eps, {_CONFIG}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    f"inverted_residual_backward(Tensor grad, Tensor x, {_WEIGHTS}, {_CONFIG}, bool[7] needs)"
+    f" -> ({', '.join(['Tensor'] * 7)})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+_ops = torch.ops.mbv2
+
+
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _inverted_residual_bn(x: Tensor, *args: Any) -> Tensor:
+    tensors = BlockTensors(*args[:_N_BLOCK])
+    eps, *config = args[_N_BLOCK:]
+    if len(eps) != 3:
+        raise ValueError(f"eps must be 3 numbers (expand, depthwise, project), got {len(eps)}")
+    return backends.run_block(x, tensors, tuple(eps), BlockConfig(*config))
+
+
+def _inverted_residual_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    weights, config, needs = args[:6], BlockConfig(*args[6:-1]), args[-1]
+    grads = reference.inverted_residual_backward(grad, x, *weights, **config._asdict(), needs=tuple(needs))
+    formats = (torch.channels_last,) + (torch.contiguous_format,) * 6
+    return tuple(
+        x.new_empty(0) if g is None else backends.dense(g, f if g.dim() == 4 else torch.contiguous_format)
+        for g, f in zip(grads, formats, strict=True)
+    )
+
+
+_LIBRARY.impl("inverted_residual_bn", _inverted_residual_bn, "CompositeExplicitAutograd")
+_LIBRARY.impl("inverted_residual_backward", _inverted_residual_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("inverted_residual", backends.inverted_residual_triton, "CUDA")
+
+
+# ---- Fakes: shapes, dtypes and strides of the results ----------------------------------------------------------------
+
+
+def _fake_output(x: Tensor, out_channels: int, kernel_size: int, config: BlockConfig) -> Tensor:
+    geometry = (kernel_size, config.stride, config.padding, config.dilation)
+    height, width = (reference.output_size(size, *geometry) for size in x.shape[2:])
+    return torch.empty(
+        (x.shape[0], out_channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+@torch.library.register_fake("mbv2::inverted_residual", lib=_LIBRARY)
+def _(x: Tensor, *args: Any) -> Tensor:
+    w_depthwise, w_project = args[2], args[4]
+    return _fake_output(x, w_project.shape[0], w_depthwise.shape[-1], BlockConfig(*args[6:]))
+
+
+@torch.library.register_fake("mbv2::inverted_residual_packed", lib=_LIBRARY)
+def _(
+    x: Tensor, packed: Tensor, hidden_channels: int, out_channels: int, kernel_size: int, expand: bool, *config: Any
+) -> Tensor:
+    return _fake_output(x, out_channels, kernel_size, BlockConfig(*config))
+
+
+@torch.library.register_fake("mbv2::pack_inverted_residual", lib=_LIBRARY)
+def _(*weights: Tensor | None) -> Tensor:
+    # The layout, and so the length, is private to the tier that packs.
+    return weights[2].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)  # type: ignore[union-attr]
+
+
+def _fake_conv(x: Tensor, out_channels: int, kernel_size: int, stride: int, padding: int) -> Tensor:
+    config = BlockConfig(stride, padding, 1, "none", "none", False)
+    return _fake_output(x, out_channels, kernel_size, config)
+
+
+@torch.library.register_fake("mbv2::conv_act", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
+    return _fake_conv(x, weight.shape[0], weight.shape[-1], stride, padding)
+
+
+@torch.library.register_fake("mbv2::conv_act_packed", lib=_LIBRARY)
+def _(
+    x: Tensor, packed: Tensor, out_channels: int, kernel_size: int, stride: int, padding: int, activation: str
+) -> Tensor:
+    return _fake_conv(x, out_channels, kernel_size, stride, padding)
+
+
+@torch.library.register_fake("mbv2::pack_conv", lib=_LIBRARY)
+def _(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
+
+
+@torch.library.register_fake("mbv2::inverted_residual_bn", lib=_LIBRARY)
+def _(x: Tensor, *args: Any) -> Tensor:
+    tensors = BlockTensors(*args[:_N_BLOCK])
+    config = BlockConfig(*args[_N_BLOCK + 1 :])
+    return _fake_output(x, tensors.project_weight.shape[0], tensors.depthwise_weight.shape[-1], config)
+
+
+@torch.library.register_fake("mbv2::inverted_residual_backward", lib=_LIBRARY)
+def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    arguments, needs = (x, *args[:6]), args[-1]
+    return tuple(
+        torch.empty(
+            a.shape,
+            dtype=a.dtype,
+            device=a.device,
+            memory_format=torch.channels_last if a is x else torch.contiguous_format,
+        )
+        if a is not None and needed
+        else x.new_empty(0)
+        for a, needed in zip(arguments, needs, strict=True)
+    )
+
+
+# ---- Autograd --------------------------------------------------------------------------------------------------------
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """For `mbv2::inverted_residual` and `InvertedResidualFunction`: keeps x and the weights, nothing of the inside."""
+    ctx.save_for_backward(*inputs[:7])
+    ctx.config = BlockConfig(*inputs[7:])
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients for x and the six weights, None for the rest."""
+    needs = ctx.needs_input_grad[:7]
+    grads = _ops.inverted_residual_backward(grad, *ctx.saved_tensors, *ctx.config, needs)
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *(None,) * _N_CONFIG
+
+
+def _setup_context_bn(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[: 1 + _N_BLOCK])
+    ctx.eps = tuple(inputs[1 + _N_BLOCK])
+    ctx.config = BlockConfig(*inputs[2 + _N_BLOCK :])
+
+
+def _backward_bn(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *block = ctx.saved_tensors
+    tensors = BlockTensors(*block)
+    need_x, *needs = ctx.needs_input_grad[: 1 + _N_BLOCK]
+    # Of each layer: needed for weight, bias, gamma, beta. The running statistics are not learned.
+    layer_needs = [needs[first : first + 4] for first in (0, 6, 12)]
+    folded_needs = [need_x]
+    for weight, bias, gamma, beta in layer_needs:
+        folded_needs += [weight or gamma, bias or gamma or beta]
+    folded = fold(tensors, ctx.eps)
+    grad_x, *folded_grads = _ops.inverted_residual_backward(grad, x, *folded, *ctx.config, folded_needs)
+    grads = [grad_x if need_x else None]
+    for i, (layer, needed) in enumerate(zip(tensors.layers(), layer_needs, strict=True)):
+        if layer is None:
+            grads += [None] * 6
+        else:
+            grad_weight, grad_bias = folded_grads[2 * i : 2 * i + 2]
+            grads += [*fold_layer_backward(grad_weight, grad_bias, layer, ctx.eps[i], needed), None, None]
+    return *grads, *(None,) * (1 + _N_CONFIG)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "mbv2_kernels: a fused block is differentiable once; for a gradient of its gradient run the block unfused "
+        "(mbv2_kernels.unfuse) or use mbv2_kernels.reference.inverted_residual"
+    )
+
+
+torch.library.register_autograd("mbv2::inverted_residual", backward, setup_context=setup_context, lib=_LIBRARY)
+torch.library.register_autograd(
+    "mbv2::inverted_residual_bn", _backward_bn, setup_context=_setup_context_bn, lib=_LIBRARY
+)
+torch.library.register_autograd("mbv2::inverted_residual_backward", _no_double_backward, lib=_LIBRARY)
+
+
+# ---- Autocast --------------------------------------------------------------------------------------------------------
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def _autocast(op: Callable[..., Tensor], device_type: str, convolutions: Sequence[int]) -> Callable[..., Tensor]:
+    """`op` under autocast's rule for convolutions: x in autocast's dtype, and the result in that.
+
+    `convolutions`: which arguments after x are convolution weights and biases. Those in float32 stay: the kernels round
+    nothing that they need not, so weights come from the float32 masters. float64 is left alone, as autocast does.
+    A residual is added to the x that came: float32 + bfloat16 is float32, as in the unfused block.
+    """
+
+    def kernel(x: Tensor, *args: Any) -> Tensor:
+        *rest, residual = args
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            if x.dtype is torch.float64:
+                return op(x, *args)
+            for i in convolutions:
+                if rest[i] is not None and rest[i].dtype not in (torch.float32, torch.float64):
+                    rest[i] = rest[i].to(dtype)
+            if residual and x.dtype is not dtype:
+                return op(x.to(dtype), *rest, False) + x
+            return op(x.to(dtype), *rest, residual)
+
+    return kernel
+
+
+def _without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return op(*args)
+
+    return kernel
+
+
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    for _name, _convolutions in (
+        ("inverted_residual", range(6)),
+        ("inverted_residual_bn", (0, 1, 6, 7, 12, 13)),
+        ("inverted_residual_packed", ()),
+    ):
+        _LIBRARY.impl(_name, _autocast(getattr(_ops, _name).default, _device_type, _convolutions), _key)
+    _LIBRARY.impl("inverted_residual_backward", _without_autocast(_ops.inverted_residual_backward.default), _key)

@@ -1,0 +1,161 @@
+"""Which backend runs a block, and running it: the one place that knows all of them.
+
+    "cpu"        CPU tensors, float32, bfloat16, float16: the C++ kernels on weights packed for the active tier
+    "triton"     CUDA tensors (CPU tensors under TRITON_INTERPRET=1), the same dtypes: one Triton launch
+    "reference"  anything else, in plain PyTorch operations; also on request
+
+Nothing is skipped in silence: what runs is recorded (`memo.last_run`, shown by `summary`), and where no kernel can take
+a model's block, one warning for each reason goes to the logger `mbv2_kernels`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C, reference
+from .fold import BlockTensors, Eps, FoldedWeights, Run, fold, memo
+
+BACKENDS = ("auto", "cpu", "triton", "reference")
+
+#: What the kernels store; all of them accumulate in float32.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_PACK = torch.ops.mbv2.pack_inverted_residual.default
+_RUN_PACKED = torch.ops.mbv2.inverted_residual_packed.default
+
+_logger = logging.getLogger("mbv2_kernels")
+_backend = "auto"
+_warned: set[str] = set()
+_REFERENCE = Run("reference")
+
+
+class BlockConfig(NamedTuple):
+    """What a block is apart from its tensors, in the order of the ops. `padding` -1 is "same"; names, never None."""
+
+    stride: int
+    padding: int
+    dilation: int
+    activation: str
+    final_activation: str
+    residual: bool
+
+
+def set_backend(name: str) -> None:
+    """Chooses what runs fused blocks in this process: "auto" (the default), "cpu", "triton" or "reference".
+
+    For tests and bug reports. Takes effect at the next call, of compiled code too. "auto" is Triton for CUDA tensors
+    and C++ for CPU tensors. A tensor that the chosen backend cannot take raises when it comes; float64 always runs the
+    reference. Raises ValueError for another name.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    _backend = name
+
+
+def get_backend() -> str:
+    """The name last given to `set_backend`."""
+    return _backend
+
+
+def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -> Tensor:
+    """Runs the block, without gradients: the kernel of the op `mbv2::inverted_residual_bn`.
+
+    x [N, Cin, H, W]; returns [N, Cout, Ho, Wo] in x's dtype, channels_last.
+    """
+    weight = tensors.depthwise_weight
+    if weight.dtype is not x.dtype or weight.device != x.device:
+        _check_weights(x, weight)
+    if x.is_cpu and (_backend == "auto" or _backend == "cpu") and x.dtype in KERNEL_DTYPES:
+        packed_and_dims = memo.get(tensors, eps, _cpu_run(_C.active_tier()), _pack)
+        return _RUN_PACKED(x, *packed_and_dims, *config)
+    triton = _select_triton(x, tensors)
+    if triton is not None:
+        run = Run("triton", None, x.dtype)
+        weights = memo.get(tensors, eps, run, lambda folded: triton.prepare_weights(x.dtype, *folded))
+        return triton.inverted_residual(x, *weights, *config)
+    memo.note(tensors, _REFERENCE)
+    weights = fold(tensors, eps)  # anew in every call: gradcheck edits its inputs in ways no memo can notice
+    y = reference.inverted_residual(x, *weights, **config._asdict())
+    return dense(y, torch.channels_last)
+
+
+def inverted_residual_triton(x: Tensor, *args: object) -> Tensor:
+    """The op `mbv2::inverted_residual` on CUDA tensors."""
+    ops, reason = _triton_ops()
+    if ops is None:
+        raise RuntimeError(f"mbv2::inverted_residual on {x.device} needs Triton: {reason}")
+    return ops.inverted_residual(x, *args)
+
+
+def dense(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """`tensor` with exactly the strides `torch.empty` gives, also in dimensions of size 1: what the fakes promise."""
+    y = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)
+    return tensor if tensor.stride() == y.stride() else y.copy_(tensor)
+
+
+@functools.cache
+def _cpu_run(tier: str) -> Run:
+    return Run("cpu", tier)
+
+
+def _pack(folded: FoldedWeights) -> tuple[Tensor, int, int, int, bool]:
+    """The packed weights, and what the op takes beside them: hidden and output channels, kernel size, expand."""
+    hidden_channels, _, _, kernel_size = folded.w_depthwise.shape
+    return _PACK(*folded), hidden_channels, folded.w_project.shape[0], kernel_size, folded.w_expand is not None
+
+
+def _check_weights(x: Tensor, weight: Tensor) -> None:
+    """Raises if conv2d would have to, but for float32 weights below a 16-bit x."""
+    if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype not in KERNEL_DTYPES):
+        raise TypeError(f"weights must be {x.dtype} like x, or float32 below a 16-bit x; they are {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"x is on {x.device}, but the weights on {weight.device}")
+
+
+def _select_triton(x: Tensor, tensors: BlockTensors) -> ModuleType | None:
+    """Triton's ops, or None for the reference. (`run_block` has taken the CPU kernels' case.)"""
+    if _backend == "reference":
+        return None
+    if x.dtype not in KERNEL_DTYPES:
+        if tensors.project_mean is not None:  # a model's block; of the functional form it is documented
+            _warn_once(f"fused blocks in {x.dtype} run in plain PyTorch operations: the kernels compute in float32")
+        return None
+    if _backend == "cpu":
+        raise RuntimeError(f'set_backend("cpu") is in force, but x is on {x.device}')
+    if x.is_cuda or (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"):
+        ops, reason = _triton_ops()
+        if ops is not None:
+            return ops
+    elif x.is_cpu:
+        reason = "it takes CPU tensors only in its interpreter (TRITON_INTERPRET=1 before triton is imported)"
+    else:
+        reason = f"x is on {x.device}, it takes CUDA tensors"
+    if _backend == "triton":
+        raise RuntimeError(f'set_backend("triton") is in force, but Triton cannot run: {reason}')
+    _warn_once(f"fused blocks on {x.device.type} run in plain PyTorch operations: no Triton: {reason}")
+    return None
+
+
+@functools.cache
+def _triton_ops() -> tuple[ModuleType | None, str]:
+    """The Triton backend, imported when first needed, and the reason if it cannot run."""
+    try:
+        from .triton import ops
+    except Exception as error:  # whatever a broken Triton raises is the reason to report
+        return None, f"Triton cannot be imported: {type(error).__name__}: {error}"
+    available, reason = ops.available()
+    return (ops, "") if available else (None, reason)
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        _logger.warning(message)

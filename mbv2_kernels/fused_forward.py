@@ -1,0 +1,234 @@
+"""What stands in for the `forward` of a fused block.
+
+`fuse` sets it as an attribute of the block: `block.forward = FusedForward(...)`. Class, path, submodules, parameters
+and `state_dict` of the block stay as they are, hooks on the block itself fire as before, and deleting the attribute is
+all there is to undo.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .fold import BlockTensors, memo
+from .functional import run_block
+
+if TYPE_CHECKING:
+    from .recognise import BlockStructure, ConvNorm
+
+_logger = logging.getLogger("mbv2_kernels")
+
+NO_FIT = "input does not fit the block"  # the original modules say so in their own words
+TRAINING = "training: original modules"  # how every reason of that kind begins
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda")
+
+
+class FusedForward:
+    """Runs one block fused, or its original modules where the fused kernel would not compute the same.
+
+    Each call decides anew, in a few microseconds, and remembers the reason in `last_reason` (None: fused).
+    torch.compile and torch.export trace the decision like any Python: what it depends on becomes guards, and nothing is
+    remembered.
+
+    Picklable and copyable together with its block (it refers to the block and to its submodules).
+    """
+
+    def __init__(self, structure: BlockStructure, path: str = "") -> None:
+        block = structure.block
+        self.block = block
+        self.path = path
+        self.config = structure.config
+        self.layers = structure.layers
+        self.drops = structure.drops
+        self.eval_only = structure.eval_only
+        self.in_channels = (structure.expand or structure.depthwise).conv.in_channels
+        self.norms = tuple(layer.norm for layer in self.layers if layer is not None and layer.norm is not None)
+        self.watched = tuple(_watched_modules(structure))
+        self.batches_seen: list[int] = []
+        self.warned: set[str] = set()
+        self.last_reason: str | None = None
+        self.last_run: tuple[str, str | None] | None = None
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reason = self.refusal() or self._refused_input(x, args, kwargs)
+        if reason is None:
+            tensors = self.tensors()
+            reason = _refused_weights(x, tensors.depthwise_weight)
+        tracing = torch.compiler.is_compiling()
+        if (tracing or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+            reason = "ONNX export: original modules, ONNX has no such operator"
+        if reason is None:
+            return run_block(x, tensors, self.eps(), self.config) if tracing else self._run_eagerly(x, tensors)
+        if not tracing:
+            self._note_refusal(reason)
+        return type(self.block).forward(self.block, x, *args, **kwargs)
+
+    def refusal(self) -> str | None:
+        """Why the original modules would run now, whatever the input; None if nothing stands against the kernel."""
+        for norm in self.norms:
+            # Frozen norms (no _BatchNorm) carry the flag too, but never use batch statistics.
+            if norm.training and hasattr(norm, "track_running_stats"):
+                return f"{TRAINING} (batch statistics)"
+            if norm._buffers["running_mean"] is None or norm._buffers["running_var"] is None:
+                return "a BatchNorm has lost its running statistics since fuse()"
+        for drop in self.drops:
+            if drop.training and _rate(drop) > 0:
+                return f"{TRAINING} ({type(drop).__name__} is active)"
+        if self.eval_only and self.block.training:
+            return f"{TRAINING} (the forward of the block looks at its training flag)"
+        if _has_any_global_hook():
+            return "global module hooks would not fire inside the block"
+        for module, children, settings in self.watched:
+            if module is not self.block and (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return f"hooks on {type(module).__name__} inside the block would not fire"
+            if module is not self.block and "forward" in module.__dict__:
+                return f"the forward of {type(module).__name__} was replaced on the instance since fuse()"
+            if children:
+                now = module._modules
+                if len(now) != len(children):
+                    return (
+                        f"submodules of {type(module).__name__} were added or removed since fuse(): call fuse() again"
+                    )
+                for name, child in children:
+                    if now.get(name) is not child:
+                        owner = type(module).__name__
+                        return f"submodule {name!r} of {owner} was replaced since fuse(): call fuse() again"
+            for name, value in settings:
+                if getattr(module, name) != value:
+                    return f"{name} of {type(module).__name__} was changed since fuse(): call fuse() again"
+        return None
+
+    def _refused_input(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if args or kwargs:
+            return "called with more than one argument"
+        if not isinstance(x, Tensor):
+            return f"called with a {type(x).__name__} (torch.fx tracing?), not a tensor"
+        if x.dtype not in _DTYPES:
+            return f"{x.dtype} is not computed by the kernels"
+        if x.device.type not in _DEVICES:
+            return f"no kernel for device type {x.device.type!r}"
+        if x.layout is not torch.strided:
+            return f"layout {x.layout} is not computed by the kernels"
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            return NO_FIT
+        return None
+
+    def tensors(self) -> BlockTensors:
+        """The parameters and statistics as they are now; each attribute is read once (it may be parametrized)."""
+        expand, depthwise, project = self.layers
+        return BlockTensors._make((*_layer_tensors(expand), *_layer_tensors(depthwise), *_layer_tensors(project)))
+
+    def eps(self) -> tuple[float, float, float]:
+        expand, depthwise, project = self.layers
+        return _eps(expand), _eps(depthwise), _eps(project)
+
+    def _run_eagerly(self, x: Tensor, tensors: BlockTensors) -> Tensor:
+        # BatchNorm in training mode updates its statistics without counting a version, its batch counter with one: so a
+        # slice of the block that was trained past the block is noticed.
+        counters = [norm._buffers.get("num_batches_tracked") for norm in self.norms]
+        seen = [c._version for c in counters if c is not None and not c.is_inference()]
+        if seen != self.batches_seen:
+            memo.forget(tensors)
+            self.batches_seen = seen
+        y = run_block(x, tensors, self.eps(), self.config)
+        self.last_reason = None
+        if self._has_parametrized_weights():
+            self.last_run = memo.last_run(tensors)
+        return y
+
+    def _has_parametrized_weights(self) -> bool:
+        """Such weights are new tensors whenever they are read, and reading may have effects (spectral norm)."""
+        return any("weight" not in layer.conv._parameters for layer in self.layers if layer is not None)
+
+    def what_ran(self) -> tuple[str, str | None] | None:
+        """Backend and tier of the last fused run, of compiled code too; None if there was none."""
+        return self.last_run if self._has_parametrized_weights() else memo.last_run(self.tensors())
+
+    def _note_refusal(self, reason: str) -> None:
+        self.last_reason = reason
+        if reason.startswith(TRAINING):
+            if not self._has_parametrized_weights():
+                memo.forget(self.tensors())  # see _run_eagerly; this one also serves compiled code that runs later
+        elif reason not in self.warned and reason != NO_FIT:
+            self.warned.add(reason)
+            _logger.warning("block %r runs its original modules: %s", self.path, reason)
+
+
+def _layer_tensors(layer: ConvNorm | None) -> tuple[Tensor | None, ...]:
+    """Six of the block's tensors, past nn.Module's slow attribute lookup where they are ordinary parameters."""
+    if layer is None:
+        return (None,) * 6
+    conv, norm = layer
+    own = conv._parameters  # not `own.get(name, conv.name)`: that would compute a parametrized weight for nothing
+    weight = own["weight"] if "weight" in own else conv.weight  # noqa: SIM401
+    bias = own["bias"] if "bias" in own else conv.bias  # noqa: SIM401
+    if norm is None:
+        return weight, bias, None, None, None, None
+    own, statistics = norm._parameters, norm._buffers
+    gamma = own["weight"] if "weight" in own else norm.weight  # noqa: SIM401
+    beta = own["bias"] if "bias" in own else norm.bias  # noqa: SIM401
+    return weight, bias, gamma, beta, statistics["running_mean"], statistics["running_var"]  # type: ignore[return-value]
+
+
+def _eps(layer: ConvNorm | None) -> float:
+    return 0.0 if layer is None or layer.norm is None else layer.norm.eps  # type: ignore[return-value]
+
+
+def _rate(drop: nn.Module) -> float:
+    """The rate of a Dropout, StochasticDepth, DropPath; 1 where it is called something else."""
+    return getattr(drop, "p", getattr(drop, "drop_prob", 1.0)) or 0.0
+
+
+def _refused_weights(x: Tensor, weight: Tensor) -> str | None:
+    if x.device != weight.device:
+        return NO_FIT
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return NO_FIT
+    return None
+
+
+class _Watched(NamedTuple):
+    """What one module of a block must still be like, as seen when the block was recognised."""
+
+    module: nn.Module
+    children: tuple[tuple[str, nn.Module | None], ...]
+    settings: tuple[tuple[str, Any], ...]
+
+
+def _watched_modules(structure: BlockStructure) -> Iterator[_Watched]:
+    """The block first, then all its submodules, apart from parametrizations: those run as ever.
+
+    Settings are what the recognised computation depends on and could be edited: the geometry of convolutions; of other
+    modules their plain numbers, flags and names, since those (`use_res_connect`, `has_skip`, `min_val`) may decide what
+    a forward does. Of norms none: eps is read anew by every call.
+    """
+    convs = {layer.conv for layer in structure.layers if layer is not None}
+    norms = {layer.norm for layer in structure.layers if layer is not None}
+    parametrizations = {module for conv in convs for module in list(conv.modules())[1:]}
+    for module in structure.block.modules():
+        if module in parametrizations:
+            continue
+        names: Iterable[str] = ()
+        if module is structure.depthwise.conv:
+            names = ("stride", "padding", "dilation", "padding_mode")
+        elif module in convs:
+            names = ("stride", "padding")
+        elif module not in norms and module not in structure.drops:
+            names = [name for name, value in vars(module).items() if _is_plain(name, value)]
+        children = () if module in convs else tuple(module._modules.items())
+        yield _Watched(module, children, tuple((name, getattr(module, name)) for name in names))
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str)) and name not in ("training", "inplace")

@@ -1,0 +1,159 @@
+"""`fuse`, `unfuse`, `summary`: which blocks of a model run as one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .fold import memo
+from .fused_forward import TRAINING, FusedForward
+from .recognise import Candidate, candidates
+
+ORIGINAL = "original modules"  # the `backend` of a row whose block last ran unfused
+
+
+@dataclass(frozen=True)
+class FusionRow:
+    """One block of a model, or what looked like one.
+
+    path: as in `model.named_modules()`. kind: inverted_residual, depthwise_separable, stem or head.
+    fused: an eval-mode call runs the fused kernel. reason: why not, or why the original modules run at the moment.
+    backend, tier: what last ran it ("cpu" and "avx2"; "original modules"), None before the first call.
+    """
+
+    path: str
+    class_name: str
+    kind: str
+    fused: bool
+    reason: str
+    backend: str | None
+    tier: str | None
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """The rows of `summary`, in the order of the model; `str()` is a table."""
+
+    rows: tuple[FusionRow, ...]
+
+    def __iter__(self) -> Iterator[FusionRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> FusionRow:
+        return self.rows[index]
+
+    def __str__(self) -> str:
+        lines = [("block", "class", "kind", "fused", "backend", "tier", "reason")]
+        for row in self.rows:
+            fused = "yes" if row.fused else "no"
+            place = (row.path or "(root)", row.class_name, row.kind)
+            lines.append((*place, fused, row.backend or "-", row.tier or "-", row.reason))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        table.insert(1, "  ".join("-" * w for w in widths))
+        count = sum(row.fused for row in self.rows)
+        return "\n".join([*table, f"{count} of {len(self.rows)} blocks fused"])
+
+
+def fuse(
+    model: nn.Module, *, filter_fn: Callable[[nn.Module, str], bool] | None = None, strict: bool = False
+) -> nn.Module:
+    """Makes every block of `model` that the fused kernel computes exactly run fused, in place; returns `model`.
+
+    Found by structure (see `recognise`) and confirmed by running each block once on small inputs. Class, path,
+    submodules, parameters, `state_dict`, hooks of the block stay; `unfuse` undoes it. In training mode, and whenever
+    something inside the block asks for it (hooks, a replaced layer), the original modules run: `summary` says why.
+
+    Calling it again checks every block anew and drops folded weights: do so after editing a block's layers, or its
+    parameters through `.data`. Call `unfuse` before torch.jit.script.
+
+    Args:
+        filter_fn: called with (module, path) for every candidate; those it returns False for are left as they are.
+        strict: raise RuntimeError, before anything is changed, if there is no candidate or one cannot be fused.
+
+    Raises TypeError if `model` is no nn.Module or `filter_fn` cannot be called.
+    """
+    _check_module("fuse", model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable as filter_fn(module, path), got {type(filter_fn).__name__}")
+    chosen = [c for c in candidates(model) if filter_fn is None or filter_fn(c.module, c.path)]
+    if strict:
+        _check_all_fusable(chosen)
+    if filter_fn is None:
+        unfuse(model)
+    for candidate in chosen:
+        _unfuse_one(candidate.module)
+        if candidate.structure is not None:
+            candidate.module.forward = FusedForward(candidate.structure, candidate.path)
+    memo.clear()
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Gives every block of `model` its original forward back, in place; returns `model`."""
+    _check_module("unfuse", model)
+    for module in model.modules():
+        _unfuse_one(module)
+    return model
+
+
+def summary(model: nn.Module) -> FusionReport:
+    """What `fuse` did to each block of `model`, what last ran it, and why the others were refused."""
+    _check_module("summary", model)
+    order = {path: index for index, (path, _) in enumerate(model.named_modules())}
+    fused = {path: f for path, m in model.named_modules() if (f := _fused_forward(m)) is not None}
+    depthwise = [f.layers[1].conv for f in fused.values()]
+    rows = [_fused_row(path, forward) for path, forward in fused.items()]
+    rows += [_unfused_row(c) for c in candidates(model, ignore=depthwise)]
+    return FusionReport(tuple(sorted(rows, key=lambda row: order[row.path])))
+
+
+def _fused_row(path: str, forward: FusedForward) -> FusionRow:
+    refusal = forward.refusal()
+    fused = refusal is None or refusal.startswith(TRAINING)
+    reason = refusal or forward.last_reason or ""
+    kind = "inverted_residual" if forward.layers[0] is not None else "depthwise_separable"
+    backend: str | None = None
+    tier: str | None = None
+    if forward.last_reason is not None:
+        backend = ORIGINAL
+    elif run := forward.what_ran():
+        backend, tier = run
+    return FusionRow(path, type(forward.block).__name__, kind, fused, reason, backend, tier)
+
+
+def _unfused_row(candidate: Candidate) -> FusionRow:
+    reason = candidate.reason
+    if candidate.structure is not None:
+        reason = "can be fused: fuse() was not called on it, or its filter_fn left it out"
+    return FusionRow(candidate.path, type(candidate.module).__name__, candidate.kind, False, reason, None, None)
+
+
+def _check_all_fusable(chosen: list[Candidate]) -> None:
+    refused = [c for c in chosen if c.structure is None]
+    if not chosen:
+        raise RuntimeError("fuse(strict=True): the model holds no block with a depthwise convolution to fuse")
+    if refused:
+        lines = [f"  {c.path or '(root)'} ({type(c.module).__name__}): {c.reason}" for c in refused]
+        head = f"fuse(strict=True): {len(refused)} of {len(chosen)} blocks cannot be fused, the model is unchanged:"
+        raise RuntimeError("\n".join([head, *lines]))
+
+
+def _fused_forward(module: nn.Module) -> FusedForward | None:
+    forward = vars(module).get("forward")
+    return forward if isinstance(forward, FusedForward) else None
+
+
+def _unfuse_one(module: nn.Module) -> None:
+    if _fused_forward(module) is not None:
+        del module.forward
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")

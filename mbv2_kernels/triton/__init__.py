@@ -1,0 +1,4 @@
+"""The CUDA backend: kernels.py (device code), configs.py (which tile), ops.py (torch), offline.py (for developers).
+
+ops.py is imported with the first CUDA tensor or by set_backend("triton"), so that the package works without Triton.
+"""

@@ -1,0 +1,264 @@
+"""The torch side of the Triton kernels: what torch.ops.mbv2.inverted_residual does on CUDA tensors.
+
+backends.py registers it and imports this module with the first CUDA tensor. The op stays opaque to torch.compile and
+torch.export (its schema lives in csrc/ops.cpp, its fake in _registrations.py): the compiler sees one call with known
+strides and has nothing to trace. torch.library.triton_op would let Inductor inline the launch, but it wants to own the
+schema, which the CPU shares, and to trace through the choice of the tile, which reads the batch size.
+
+A launch is safe to capture in a CUDA graph: no autotuning, no synchronisation, workspace from torch's allocator on the
+current stream. As with everything in a graph, run once before capturing, so that the kernel is compiled and loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+from . import configs
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATIONS = ("none", "relu", "relu6")
+OLDEST_CAPABILITY = (8, 0)
+
+# FP contraction is what the kernel is written for; Triton 3.10 turns its default off, so it is said here.
+LAUNCH_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 when Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def available() -> tuple[bool, str]:
+    """Whether the kernels can run here, and in words where or why not."""
+    try:
+        import triton
+    except Exception as error:
+        return False, f"Triton cannot be imported: {error!r}"
+    if interpreted():
+        return True, f"Triton {triton.__version__}, interpreter (TRITON_INTERPRET): CPU tensors, slow, for tests"
+    if torch.version.hip:
+        return False, "the kernels are written for NVIDIA GPUs; this torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
+    usable = [
+        torch.cuda.get_device_name(index)
+        for index in range(torch.cuda.device_count())
+        if torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+    ]
+    if not usable:
+        return False, f"no GPU of compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or newer (Ampere)"
+    return True, f"Triton {triton.__version__} on {', '.join(usable)}"
+
+
+@functools.cache
+def _device(index: int) -> configs.Device:
+    properties = torch.cuda.get_device_properties(index)
+    if (properties.major, properties.minor) < OLDEST_CAPABILITY:
+        raise RuntimeError(
+            f"mbv2_kernels needs compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or newer, "
+            f"{properties.name} has {properties.major}.{properties.minor}"
+        )
+    return configs.Device(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+# What plan() is asked for under the interpreter: a device too small to split anything, so that tests choose by hand.
+INTERPRETED_DEVICE = configs.Device(capability=80, multiprocessors=1)
+
+
+def _tf32() -> bool:
+    """torch's switch for convolutions, which is what the fused block replaces."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def prepare_weights(
+    dtype: torch.dtype,
+    w_expand: torch.Tensor | None,
+    b_expand: torch.Tensor | None,
+    w_depthwise: torch.Tensor,
+    b_depthwise: torch.Tensor | None,
+    w_project: torch.Tensor,
+    b_project: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The same six weights, same shapes, as the kernel reads them fastest; it takes any layout and float dtype.
+
+    The two matrices in `dtype`, that of x. Depthwise weights in fp32, [k][k][C] in memory: a thread holds eight
+    neighbouring channels and loads them at once. Biases in fp32.
+    """
+
+    def as_float(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.float().contiguous()
+
+    taps = w_depthwise.float().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    expand = None if w_expand is None else w_expand.to(dtype).contiguous()
+    return (
+        expand,
+        as_float(b_expand),
+        taps,
+        as_float(b_depthwise),
+        w_project.to(dtype).contiguous(),
+        as_float(b_project),
+    )
+
+
+def _require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+    if not condition:
+        raise error(f"inverted_residual: {message}")
+
+
+def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    """TensorFlow's "same": (pixels in front, pixels in all)."""
+    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return total // 2, total
+
+
+def _check_weights(
+    x: torch.Tensor, w_expand: Any, b_expand: Any, w_depthwise: Any, b_depthwise: Any, w_project: Any, b_project: Any
+) -> tuple[int, int, int]:
+    """(hidden channels, out channels, kernel size); TypeError or ValueError for what does not fit together."""
+    _require(x.dtype in DTYPES, f"x must be float16, bfloat16 or float32, got {x.dtype}", TypeError)
+    _require(x.dim() == 4, f"x must be [N, C, H, W], got {x.dim()} dimensions")
+    shape = list(w_depthwise.shape)
+    _require(
+        len(shape) == 4 and shape[1] == 1 and shape[2] == shape[3], f"w_depthwise must be [C, 1, k, k], got {shape}"
+    )
+    in_channels, hidden, kernel, out = x.shape[1], shape[0], shape[2], w_project.shape[0]
+    _require(w_expand is not None or b_expand is None, "b_expand is given without w_expand")
+    _require(
+        w_expand is not None or in_channels == hidden,
+        f"without w_expand x must have w_depthwise's {hidden} channels, got {in_channels}",
+    )
+    for name, tensor, want in (
+        ("w_expand", w_expand, [hidden, in_channels, 1, 1]),
+        ("b_expand", b_expand, [hidden]),
+        ("w_depthwise", w_depthwise, shape),
+        ("b_depthwise", b_depthwise, [hidden]),
+        ("w_project", w_project, [out, hidden, 1, 1]),
+        ("b_project", b_project, [out]),
+    ):
+        if tensor is not None:
+            _require(
+                tensor.dtype in DTYPES, f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}", TypeError
+            )
+            _require(list(tensor.shape) == want, f"{name} must be {want}, got {list(tensor.shape)}")
+            _require(tensor.device == x.device, f"{name} is on {tensor.device}, x on {x.device}")
+    return hidden, out, kernel
+
+
+def inverted_residual(
+    x: torch.Tensor,
+    w_expand: torch.Tensor | None,
+    b_expand: torch.Tensor | None,
+    w_depthwise: torch.Tensor,
+    b_depthwise: torch.Tensor | None,
+    w_project: torch.Tensor,
+    b_project: torch.Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    activation: str,
+    final_activation: str,
+    residual: bool,
+    *,
+    tile: configs.Tile | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """The fused block on a CUDA tensor (or a CPU tensor under TRITON_INTERPRET=1); the contract of the op of that name.
+
+    x [N, Cin, H, W] fp16, bf16 or fp32, any strides; weights in torch's convolution shapes, any float dtype; padding in
+    pixels, -1 for "same". Returns [N, Cout, Ho, Wo] in x's dtype, dense channels_last. Raises ValueError naming the
+    argument. `tile` and `splits` override the table of configs.py: for tests and tuning.
+    """
+    hidden, out_channels, kernel = _check_weights(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project)
+    _require(stride >= 1, f"stride must be at least 1, got {stride}")
+    _require(dilation >= 1, f"dilation must be at least 1, got {dilation}")
+    _require(padding >= -1, f'padding must be at least 0, or -1 for "same", got {padding}')
+    _require(activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    _require(
+        final_activation in ACTIVATIONS, f"final_activation must be one of {ACTIVATIONS}, got {final_activation!r}"
+    )
+    batch, in_channels, height, width = x.shape
+    reach = (kernel - 1) * dilation + 1
+    (top, pad_y), (left, pad_x) = ((padding, 2 * padding),) * 2
+    if padding == -1:
+        (top, pad_y), (left, pad_x) = (_same_padding(size, kernel, stride, dilation) for size in (height, width))
+    out_height, out_width = (height + pad_y - reach) // stride + 1, (width + pad_x - reach) // stride + 1
+    _require(
+        height + pad_y >= reach and width + pad_x >= reach,
+        f"x of {height} x {width} pixels, padded, is smaller than the depthwise kernel's {reach} x {reach}",
+    )
+    if residual:
+        _require(final_activation == "none", f'residual needs final_activation "none", got {final_activation!r}')
+        _require(
+            (out_channels, out_height, out_width) == (in_channels, height, width) and stride == 1,
+            f"residual needs y like x, got x {list(x.shape[1:])} and y {[out_channels, out_height, out_width]}",
+        )
+
+    y = torch.empty(
+        (batch, out_channels, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    if y.numel() == 0:
+        return y
+    if x.is_cuda:
+        device = _device(x.device.index)
+    else:
+        _require(
+            interpreted(), f"x is on {x.device}; Triton runs on CUDA tensors (CPU ones only under TRITON_INTERPRET=1)"
+        )
+        _require(x.dtype != torch.bfloat16, "x is bfloat16, whose tl.dot Triton's interpreter computes wrongly")
+        device = INTERPRETED_DEVICE
+
+    tensor_cores = x.dtype != torch.float32 or _tf32()
+    plan = configs.plan(
+        configs.Problem(
+            batch, out_height, out_width, in_channels, hidden, out_channels, kernel, stride, dilation,
+            w_expand is not None, x.element_size(), tensor_cores,
+        ),
+        device, height * width, tile, splits,
+    )  # fmt: skip
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    taps = w_depthwise.reshape(hidden, kernel * kernel)
+    w1 = None if w_expand is None else w_expand.reshape(hidden, in_channels).contiguous()
+    w2 = w_project.reshape(out_channels, hidden).contiguous()
+    b1, b2, b3 = (None if b is None else b.contiguous() for b in (b_expand, b_depthwise, b_project))
+    with torch.cuda.device(x.device) if x.is_cuda else torch.no_grad():
+        _launch(
+            x, w1, b1, taps, b2, w2, b3, y, plan,
+            kernel, stride, dilation, top, left, activation, final_activation, residual, tensor_cores,
+        )  # fmt: skip
+    return y
+
+
+def _launch(
+    x: torch.Tensor, w1: Any, b1: Any, taps: torch.Tensor, b2: Any, w2: torch.Tensor, b3: Any, y: torch.Tensor,
+    plan: configs.Plan, kernel: int, stride: int, dilation: int, top: int, left: int,
+    activation: str, final_activation: str, residual: bool, tensor_cores: bool,
+) -> None:  # fmt: skip
+    from . import kernels
+
+    tile, splits = plan.tile, plan.splits
+    batch, in_channels, height, width = x.shape
+    _, out_channels, out_height, out_width = y.shape
+    scratch = x.new_empty(plan.scratch_elements) if w1 is not None else None
+    partial = x.new_empty(splits * y.numel(), dtype=torch.float32) if splits > 1 else None
+    kernels.fused_block[(plan.programs, splits)](
+        x, w1, b1, taps, b2, w2, b3, y if partial is None else partial, scratch,
+        batch, height, width, out_height, out_width, top, left, plan.tiles, plan.tiles_y, plan.tiles_x,
+        taps.stride(0), taps.stride(1),
+        CIN=in_channels, C=taps.shape[0], COUT=out_channels, K=kernel, S=stride, D=dilation,
+        ACT=activation, FINAL=final_activation, RESIDUAL=residual, PRECISION="tf32" if tensor_cores else "ieee",
+        NI=plan.sub_images, TH=plan.tile_height, TW=plan.tile_width, Q=tile.outputs, NP=plan.in_blocks,
+        BP=tile.in_block, BK=tile.in_step, CE=tile.chunk, CO_A=plan.columns_a, CO_B=plan.columns_b,
+        CO_GROUPS=plan.column_groups, SPLITS=splits, WIDE=plan.wide, num_warps=tile.warps, **LAUNCH_OPTIONS,
+    )  # fmt: skip
+    if partial is not None:
+        block = 1024
+        kernels.sum_splits[(-(-y.numel() // block),)](
+            partial, b3, x, y, y.numel(), COUT=out_channels, FINAL=final_activation, RESIDUAL=residual, SPLITS=splits,
+            BLOCK=block, num_warps=4, **LAUNCH_OPTIONS,
+        )  # fmt: skip
