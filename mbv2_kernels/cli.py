@@ -1,0 +1,346 @@
+"""The command line: `mbv2-kernels info`, `verify` and `bench`.
+
+Exit codes: 0 all is well, 1 a result is out of its error bound, 2 arguments or files cannot be used, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ._bench.inputs import (
+    InputError,
+    load_model,
+    load_pictures,
+    load_weights,
+    random_pictures,
+    randomise_batch_norm,
+)
+from ._bench.machine import describe, machine
+from ._bench.peers import Compiled, Eager, Folded, Fused, Peer
+from ._bench.suite import (
+    check_json_path,
+    columns,
+    compare_blocks,
+    fused_paths,
+    missing_lines,
+    peer_table,
+    peer_versions,
+    record,
+    sample_network,
+    table,
+    write_json,
+)
+from ._bench.timing import CheckFailed, Comparison, compare
+from ._bench.verify import Verification, verify
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RANDOM_NOTE = "weights are random (seed 0); BatchNorm scales, shifts and running statistics are set as if trained"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class Progress:
+    """A bar on stderr, on a terminal only; `clear` before anything else is printed."""
+
+    WIDTH = 24
+
+    def __init__(self) -> None:
+        self.shown = sys.stderr.isatty()
+
+    def __call__(self, text: str, done: int, total: int) -> None:
+        if self.shown:
+            filled = self.WIDTH * done // total
+            line = f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] {done}/{total} {text}"
+            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e5:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device must be cpu or cuda, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda":
+        from .status import cuda_missing
+
+        if missing := cuda_missing():
+            raise InputError(f"--device {name}: {missing}")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def build(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, str]:
+    """The model and its input as the arguments say, and a line on where weights and input come from."""
+    device, dtype = _device(arguments.device), DTYPES[arguments.dtype]
+    model, size = load_model(arguments.model)
+    size = arguments.size or size
+    images = getattr(arguments, "image", None)
+    x = load_pictures(images, size) if images else random_pictures(arguments.batch, size)
+    if arguments.weights:
+        load_weights(model, arguments.weights)
+    sample_network(model, x[:1], arguments.model)
+    if arguments.weights:
+        note = f"weights from {arguments.weights}"
+    else:
+        randomise_batch_norm(model, size)
+        note = RANDOM_NOTE
+    note += f"; input: {len(images)} picture(s)" if images else "; input: random pictures"
+    model = model.to(device, dtype)
+    fused_paths(model)  # an error now, before any work, if there is nothing to fuse
+    return model, x.to(device, dtype), note
+
+
+def title(arguments: argparse.Namespace, x: Tensor) -> str:
+    return f"{arguments.model}, input {'x'.join(map(str, x.shape))}, {arguments.dtype}, {x.device}"
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """What this machine can run, and why not the rest."""
+    from . import _C
+    from .status import status
+
+    found = status(import_triton=True)
+    header = machine(torch.get_num_threads())
+    peaks = {t["name"]: round(_C.fma_peak(t["name"], 0.1), 1) for t in _C.tiers() if t["runnable"]}
+    print(describe(header))
+    print(f"CPU features: {' '.join(header['features'])}")
+    print("measured FMA peak of one thread: " + ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in peaks.items()))
+    print()
+    print(found)
+    if arguments.json:
+        write_json(arguments.json, "info", {"machine": header, "fma_peak_gflops": peaks, "status": asdict(found)})
+    return 0
+
+
+def _verify_table(result: Verification) -> str:
+    rows = [["block", "class", "input", "error", "unfused", "limit", "ran on", ""]]
+    for b in result.blocks:
+        ran = "/".join(part for part in (b.backend, b.tier) if part) or "-"
+        shape = "x".join(map(str, b.input_shape))
+        errors = [f"{value:.1e}" for value in (b.error, b.unfused_error, b.limit)]
+        rows.append([b.path, b.class_name, shape, *errors, ran, "ok" if b.ok else "TOO LARGE"])
+    n = result.network
+    errors = [f"{value:.1e}" for value in (n.error, n.unfused_error, n.limit)]
+    rows.append(["network", "", "", *errors, "", "ok" if n.ok else "TOO LARGE"])
+    return columns(rows)
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    """Compare the fused network with the unfused one and with fp64."""
+    model, x, note = build(arguments)
+    progress = Progress()
+    try:
+        result = verify(model, x, progress)
+    finally:
+        progress.clear()
+    print(f"{title(arguments, x)}\n{note}\n")
+    print("relative errors against fp64, fused and unfused on the same inputs:")
+    print(_verify_table(result))
+    print(
+        f"\nfused and unfused agree in the first class of {result.network.top1:.0%} "
+        f"and in {result.network.top5:.1%} of the first five, over {result.network.images} image(s)"
+    )
+    for row in result.not_fused:
+        print(f"not fused: {row.path} ({row.class_name}): {row.reason}")
+    bad = sum(not block.ok for block in result.blocks) + (not result.network.ok)
+    print(f"{len(result.blocks)} fused: " + (f"{bad} error(s) OUT OF BOUNDS" if bad else "all errors within bounds"))
+    if arguments.json:
+        content: dict[str, Any] = {
+            "machine": machine(torch.get_num_threads(), x.device),
+            "model": arguments.model,
+            "input_shape": list(x.shape),
+            "dtype": arguments.dtype,
+            "note": note,
+            "ok": result.ok,
+            "network": {**asdict(result.network), "ok": result.network.ok},
+            "blocks": [{**asdict(block), "ok": block.ok} for block in result.blocks],
+            "not_fused": [asdict(row) for row in result.not_fused],
+        }
+        write_json(arguments.json, "verify", content)
+    return 0 if result.ok else 1
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Time the fused blocks and network against the best unfused ones."""
+    model, x, note = build(arguments)
+    threads = arguments.threads or torch.get_num_threads()
+    block_peers: list[Peer] = [Fused(), Folded(), Eager()]
+    network_peers: list[Peer] = [*block_peers] if arguments.no_compile else [*block_peers, Compiled()]
+    header = machine(threads, x.device)
+    peak = header["fma_peak_gflops_per_thread"] * threads
+    print(f"{describe(header)}\n{title(arguments, x)}\n{note}", flush=True)
+    progress = Progress()
+    block_results: list[Comparison] = []
+    network_results: list[Comparison] = []
+    try:
+        if arguments.only != "network":
+            block_results = compare_blocks(
+                model, x, block_peers, threads=threads, seconds=arguments.seconds, progress=progress
+            )
+            progress.clear()
+            print(f"\nblocks, milliseconds (medians):\n{table(block_results, block_peers, peak)}", flush=True)
+        if arguments.only != "blocks":
+            progress("network" if arguments.no_compile else "network (torch.compile takes a minute)", 0, 1)
+            budget = 4 * arguments.seconds
+            network_results = [
+                compare("network", model, x, network_peers, threads=threads, seconds=budget, network=True)
+            ]
+            progress.clear()
+            print(f"\nnetwork:\n{peer_table(network_results[0], network_peers, peak)}")
+    finally:
+        progress.clear()
+    for line in missing_lines(block_results + network_results):
+        print(line)
+    if arguments.json:
+        content = {
+            "machine": header,
+            "peers": peer_versions(network_peers),
+            "model": arguments.model,
+            "input_shape": list(x.shape),
+            "dtype": arguments.dtype,
+            "threads": threads,
+            "note": note,
+            "blocks": [record(c, block_peers, peak) for c in block_results],
+            "network": record(network_results[0], network_peers, peak) if network_results else None,
+        }
+        write_json(arguments.json, "bench", content)
+    return 0
+
+
+def output_options() -> Parser:
+    """A parent parser with --json."""
+    parent = Parser(add_help=False)
+    parent.add_argument("--json", metavar="FILE", help="write everything to FILE as JSON too")
+    return parent
+
+
+def network_options() -> Parser:
+    """A parent parser with the options that `build` reads."""
+    parent = Parser(add_help=False)
+    parent.add_argument(
+        "--model",
+        metavar="M",
+        default="builtin:mobilenet_v2",
+        help="builtin:mobilenet_v2 (default), builtin:mobilenet_v1, torchvision:NAME or timm:NAME",
+    )
+    parent.add_argument("--weights", metavar="FILE", help="a state_dict for the model (default: random weights)")
+    parent.add_argument("--size", type=positive, metavar="N", help="image size (default: the model's, 224)")
+    parent.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
+    parent.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    return parent
+
+
+def timing_options() -> Parser:
+    """A parent parser with what every timing needs to know."""
+    parent = Parser(add_help=False)
+    parent.add_argument("--batch", type=positive, default=1, metavar="N", help="images a call (default 1)")
+    parent.add_argument("--threads", type=positive, metavar="N", help="threads (default: torch's number)")
+    parent.add_argument("--only", choices=("blocks", "network"), help="time only these")
+    parent.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
+    parent.add_argument(
+        "--seconds",
+        type=seconds,
+        default=1.0,
+        metavar="S",
+        help="to spend on a block, the network gets 4 S (default 1)",
+    )
+    return parent
+
+
+def _parser() -> Parser:
+    from . import __version__
+
+    parser = Parser(prog="mbv2-kernels", description="MobileNetV2-like blocks as one fused kernel.")
+    parser.add_argument("--version", action="version", version=f"mbv2_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,verify,bench}")
+
+    output, network = output_options(), network_options()
+    command = commands.add_parser("info", parents=[output], help="what this machine can run, and why not the rest")
+    command.set_defaults(run=info)
+
+    command = commands.add_parser(
+        "verify", parents=[network, output], help="errors of the fused network, block by block and as a whole"
+    )
+    given = command.add_mutually_exclusive_group()
+    given.add_argument("--image", nargs="+", metavar="FILE", help="pictures to run on (needs Pillow)")
+    given.add_argument("--batch", type=positive, default=4, metavar="N", help="number of random pictures (default 4)")
+    command.set_defaults(run=verify_command)
+
+    command = commands.add_parser(
+        "bench",
+        parents=[network, timing_options(), output],
+        help="fused against the best unfused path, per block and whole network",
+    )
+    command.set_defaults(run=bench)
+    return parser
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse `argv`, call the command (`arguments.run`), turn what can go wrong into one line and an exit code."""
+    name = parser.prog
+    try:
+        arguments = parser.parse_args(argv)
+        name = f"{parser.prog} {arguments.command}" if "command" in arguments else parser.prog
+        if arguments.json:
+            check_json_path(arguments.json)
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except CheckFailed as error:
+        print(f"{name}: error: {error}; no speed is reported", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output (head, less) has gone. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script `mbv2-kernels`; returns the exit code."""
+    return run(_parser(), argv)
