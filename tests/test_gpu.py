@@ -1,0 +1,277 @@
+"""The Triton kernel on a real GPU: numbers against fp64 in every dtype, CUDA graphs, streams, devices, autocast,
+torch.compile. Runs wherever there is a CUDA device; `pytest -m gpu` runs nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mbv2_kernels as mbv2
+from mbv2_kernels import reference
+from mbv2_kernels.triton.offline import BLOCKS, MOBILENET_V2, OTHERS, Block
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, torch sees none", allow_module_level=True)
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton, which is not installed", allow_module_level=True)
+
+from test_triton_interpreter import CASES, Case
+
+pytestmark = pytest.mark.gpu
+BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
+DTYPES = list(BOUNDS)
+OP = torch.ops.mbv2.inverted_residual
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> Any:
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def _draw(
+    block: Block, batch: int, dtype: torch.dtype, device: str = "cuda"
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """(x and weights, the op's other arguments); batch statistics reach both edges of a ReLU6."""
+    c, i, o, k = block.hidden_channels, block.in_channels, block.out_channels, block.kernel
+
+    def rand(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    x = rand(batch, i, block.size, block.size).contiguous(memory_format=torch.channels_last)
+    tensors = (
+        x,
+        rand(c, i, 1, 1, scale=2 * i**-0.5) if block.expand else None,
+        torch.randn(c, device=device) if block.expand else None,
+        rand(c, 1, k, k, scale=2 / k),
+        torch.randn(c, device=device),
+        rand(o, c, 1, 1, scale=c**-0.5),
+        torch.randn(o, device=device),
+    )
+    padding = block.dilation * (k - 1) // 2
+    return tensors, (block.stride, padding, block.dilation, block.activation, block.final_activation, block.residual)
+
+
+def _exact(tensors: tuple[Tensor | None, ...], config: tuple[Any, ...]) -> Tensor:
+    x, *weights = (None if t is None else t.double() for t in tensors)
+    stride, padding, dilation, activation, final_activation, residual = config
+    with torch.backends.cudnn.flags(enabled=False):
+        return reference.inverted_residual(
+            x, *weights, stride=stride, padding="same" if padding == -1 else padding, dilation=dilation,
+            activation=activation, final_activation=final_activation, residual=residual,
+        )  # fmt: skip
+
+
+def _error(y: Tensor, want: Tensor) -> float:
+    return ((y.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", [b.name for b in (*MOBILENET_V2, *OTHERS)])
+def test_network_shapes(name: str, batch: int, dtype: torch.dtype) -> None:
+    tensors, config = _draw(BLOCKS[name], batch, dtype)
+    y, want = OP(*tensors, *config), _exact(tensors, config)
+    assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
+    assert _error(y, want) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_every_branch(name: str, dtype: torch.dtype) -> None:
+    """The cases of the interpreter test, in the dtypes it cannot do as well."""
+    from mbv2_kernels.triton import configs, ops
+
+    case: Case = CASES[name]._replace(dtype=dtype)
+    tensors = tuple(None if t is None else t.cuda() for t in case.tensors())
+    config = case.config()
+    small = {"outputs": 64, "in_block": 64, "in_step": 16, "chunk": 16, "columns": 64, "warps": 4, "resident": 2}
+    tile = None if case.tile is None else configs.Tile(**small)
+    y = ops.inverted_residual(*tensors, *config, tile=tile, splits=case.splits)
+    assert _error(y, _exact(tensors, config)) < BOUNDS[dtype]
+
+
+def test_tf32_follows_the_switch() -> None:
+    tensors, config = _draw(BLOCKS["b12"], 4, torch.float32)
+    want = _exact(tensors, config)
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    assert 2e-6 < _error(OP(*tensors, *config), want) < 2e-3
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    assert _error(OP(*tensors, *config), want) < 2e-6
+
+
+def test_never_worse_than_twice_the_unfused_error() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        tensors, config = _draw(BLOCKS["b5"], 8, dtype)
+        want = _exact(tensors, config)
+        x, *weights = (None if t is None else t.to(dtype) for t in tensors)
+        hidden = F.relu6(F.conv2d(x, weights[0], weights[1]))
+        hidden = F.relu6(F.conv2d(hidden, weights[2], weights[3], padding=1, groups=hidden.shape[1]))
+        unfused = F.conv2d(hidden, weights[4], weights[5]) + x
+        assert _error(OP(*tensors, *config), want) < 2 * _error(unfused, want)
+
+
+def test_nan_spreads_as_in_torch() -> None:
+    tensors, config = _draw(BLOCKS["b8"], 2, torch.float16)
+    tensors[0][1, 5, 3, 4] = float("nan")
+    y, want = OP(*tensors, *config), _exact(tensors, config)
+    assert torch.equal(y.isnan(), want.isnan()) and want.isnan().any()
+
+
+@pytest.mark.parametrize("name", ["b3", "b8", "b15", "b17"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_the_same_bits_every_time(name: str, batch: int) -> None:
+    """Also a race detector: an error that moves from run to run is one."""
+    tensors, config = _draw(BLOCKS[name], batch, torch.float16)
+    first = OP(*tensors, *config)
+    for _ in range(20):
+        assert torch.equal(OP(*tensors, *config), first)
+
+
+def test_graph_capture_and_replay() -> None:
+    tensors, config = _draw(BLOCKS["b15"], 1, torch.float16)  # batch 1: both stages of a split
+    OP(*tensors, *config)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = OP(*tensors, *config)
+    for _ in range(3):
+        tensors[0].normal_()
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, OP(*tensors, *config))
+
+
+def test_runs_on_the_current_stream() -> None:
+    tensors, config = _draw(BLOCKS["b3"], 32, torch.float16)
+    want = OP(*tensors, *config)
+    source, streams = tensors[0].clone(), [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for stream in streams:  # scratch of one launch must not be another's
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            x = torch.zeros_like(source)
+            x.copy_(source)
+            results.append(OP(x, *tensors[1:], *config))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, want) for y in results)
+
+
+def test_non_default_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices, there is one")
+    tensors, config = _draw(BLOCKS["b8"], 2, torch.float16, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    y = OP(*tensors, *config)
+    assert y.device == torch.device("cuda", 1) and torch.cuda.current_device() == 0
+    assert _error(y, _exact(tensors, config)) < BOUNDS[torch.float16]
+
+
+def test_offsets_beyond_32_bits() -> None:
+    block = BLOCKS["b1"]
+    batch = 2**31 // (block.in_channels * block.size**2) + 3
+    if torch.cuda.mem_get_info()[0] < 4 * batch * block.in_channels * block.size**2:
+        pytest.skip(f"needs about {batch * block.in_channels * block.size**2 * 4 >> 30} GiB of GPU memory")
+    tensors, config = _draw(block, 2, torch.float16)
+    x = tensors[0][:1].expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    x[-1] = tensors[0][1]
+    y = OP(x, *tensors[1:], *config)
+    want = OP(*tensors, *config)
+    assert torch.equal(y[-1], want[1]) and torch.equal(y[-2], want[0]) and torch.equal(y[0], want[0])
+
+
+def test_thousands_of_images() -> None:
+    tensors, config = _draw(BLOCKS["b15"], 5001, torch.float16)
+    y = OP(*tensors, *config)
+    few = tuple(t[-7:] if index == 0 else t for index, t in enumerate(tensors))
+    assert _error(y[-7:], _exact(few, config)) < BOUNDS[torch.float16]
+
+
+def test_opcheck() -> None:
+    tensors, config = _draw(BLOCKS["b8"]._replace(size=7), 2, torch.float32)
+    torch.library.opcheck(OP.default, (*tensors, *config))
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    model = mbv2.models.mobilenet_v2(num_classes=100)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0.0, 0.5)
+            nn.init.normal_(module.running_mean, 0.0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval().cuda()
+
+
+def _same_answer(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> None:
+    """As near to the fp64 network as twice the unfused network in the same dtype is."""
+    exact = copy.deepcopy(model).double()(x.double())
+    unfused = copy.deepcopy(model).to(x.dtype)(x)
+    assert _error(run(x), exact) < 2 * _error(unfused, exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_fused_network(dtype: torch.dtype, batch: int) -> None:
+    model, x = _model(), torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype)
+    fused = mbv2.fuse(copy.deepcopy(model).to(dtype))
+    _same_answer(fused, model, x)
+    assert sum(row.backend == "triton" for row in mbv2.summary(fused)) == 17
+
+
+@torch.no_grad()
+def test_network_as_a_cuda_graph() -> None:
+    fused = mbv2.fuse(_model().half())
+    x = torch.randn(2, 3, 224, 224, device="cuda", dtype=torch.float16)
+    fused(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fused(x)
+    x.normal_()
+    graph.replay()
+    assert torch.equal(y, fused(x))
+
+
+@torch.no_grad()
+def test_network_under_torch_compile() -> None:
+    model, x = _model(), torch.randn(4, 3, 224, 224, device="cuda", dtype=torch.float16)
+    fused = mbv2.fuse(copy.deepcopy(model).half())
+    compiled = torch.compile(fused, fullgraph=True)
+    _same_answer(compiled, model, x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_network_under_autocast(dtype: torch.dtype) -> None:
+    model, x = _model(), torch.randn(4, 3, 224, 224, device="cuda")
+    fused = mbv2.fuse(copy.deepcopy(model))
+    exact = copy.deepcopy(model).double()(x.double())
+    with torch.autocast("cuda", dtype):
+        y, unfused = fused(x), model(x)
+    assert y.dtype == unfused.dtype
+    assert _error(y, exact) < 2 * _error(unfused, exact)
+
+
+def test_gradients() -> None:
+    tensors, config = _draw(BLOCKS["b8"], 2, torch.float32)
+    leaves = [t.requires_grad_() for t in tensors]
+    y = OP(*leaves, *config)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, leaves, grad)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    want = torch.autograd.grad(_exact(tuple(exact), config), exact, grad.double())
+    assert all(_error(g, w) < 1e-5 for g, w in zip(got, want, strict=True))
