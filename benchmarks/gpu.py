@@ -2,8 +2,11 @@
 
     python benchmarks/gpu.py --budget 540 --out gpu.json
 
-In this order, stopping cleanly when the budget is spent (the JSON has what was done and lists what was not): build the
-extension if it is missing, the GPU tests, the machine's measured ceilings; then for each batch the network, the blocks.
+In this order, stopping cleanly when the budget is spent: build the extension if it is missing, the GPU tests, the
+card's measured ceilings; then the network, the blocks, and what torch.compile makes of the network, the first of
+--batches and --dtypes first. What fails is recorded with its reason and the rest goes on: in the same process, or in a
+new one where the failure took the process or its CUDA context with it. The JSON is rewritten after every result and
+lists what was left out.
 
 Contestants, all checked against fp64 before they are timed, each with and without CUDA graphs:
 
@@ -30,24 +33,32 @@ import json
 import os
 import platform
 import re
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mbv2_kernels._bench.cuda import Cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
+SIZE = 224  # side of the network's images
+DISTINCT = "distinct"  # --blocks: every layer shape of MobileNetV2 once
+LIMIT = 500  # characters of an error that are kept
+CALL_LIMIT, COMPILE_LIMIT = 60.0, 150.0  # seconds that one contestant may take
 Run = Callable[[Tensor], Tensor]
 
 
@@ -65,7 +76,12 @@ class Report:
     """The JSON, rewritten after every result so that nothing is lost when the machine goes away."""
 
     def __init__(self, path: Path):
-        self.path, self.data = path, {"skipped": []}
+        self.path, self.data = path, {"begun": [], "skipped": []}
+
+    def reload(self) -> None:
+        """Take over what a process before this one has written."""
+        if self.path.exists():
+            self.data = json.loads(self.path.read_text())
 
     def set(self, key: str, value: Any) -> None:
         self.data[key] = value
@@ -75,10 +91,21 @@ class Report:
         self.data.setdefault(key, []).append(row)
         self.write()
 
-    def skip(self, what: str, why: str) -> None:
+    def skip(self, what: str, why: str, trace: str = "") -> None:
         print(f"skipped: {what}: {why}", flush=True)
-        self.data["skipped"].append({"what": what, "why": why})
+        self.data["skipped"].append({"what": what, "why": why, **({"traceback": trace} if trace else {})})
         self.write()
+
+    def attempt(self, what: str, do: Callable[[], object]) -> None:
+        """`do`, unless it was begun before. Its failure is a result: recorded, and the rest goes on."""
+        if what in self.data["begun"]:
+            return
+        self.data["begun"].append(what)
+        self.write()
+        try:
+            do()
+        except Exception as problem:
+            self.skip(what, reason(problem), traceback.format_exc()[-2000:])
 
     def write(self) -> None:
         part = self.path.with_suffix(".part")
@@ -86,124 +113,60 @@ class Report:
         os.replace(part, self.path)
 
 
-# ---- Timing ---------------------------------------------------------------------------------------------------------
-
-
-def milliseconds(call: Callable[[], object], samples: int = 9, least: float = 4.0) -> float:
-    """Median milliseconds of `call`, over `samples` event pairs that each last `least` milliseconds or more."""
-
-    def timed(calls: int) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / calls
-
-    for _ in range(3):
-        call()
-    calls = max(1, round(least / max(1e-4, timed(2))))
-    return statistics.median(timed(calls) for _ in range(samples))
-
-
-def captured(run: Run, inputs: list[Tensor]) -> Callable[[], None]:
-    """A CUDA graph of one call for each input."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for x in inputs[:2]:
-            run(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [run(x) for x in inputs]
-    replay = graph.replay
-    return lambda kept=kept: replay()  # type: ignore[misc]
-
-
-def copies(x: Tensor, moved: int) -> list[Tensor]:
-    """x often enough that one round moves four times the L2 cache, at most 16 times."""
-    cache = torch.cuda.get_device_properties(x.device).L2_cache_size
-    number = min(16, max(2, -(-4 * cache // moved)))
-    return [x.clone() for _ in range(number)]
-
-
-def measure(run: Run, x: Tensor, moved: int, samples: int) -> dict[str, float]:
-    """us a call in eager and as graph, and the peak of extra memory a call holds."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run(x)
-    torch.cuda.synchronize()
-    result = {"peak_mb": (torch.cuda.max_memory_allocated() - before) / 2**20}
-    inputs = copies(x, moved)
-
-    def around() -> None:
-        for value in inputs:
-            run(value)
-
-    result["eager_us"] = 1e3 * milliseconds(around, samples) / len(inputs)
-    try:
-        result["graph_us"] = 1e3 * milliseconds(captured(run, inputs), samples) / len(inputs)
-    except Exception as error:  # a contestant that cannot be captured is a result
-        result["graph_error"] = f"{type(error).__name__}: {error}"[:300]  # type: ignore[assignment]
-        torch.cuda.synchronize()
-    return result
-
-
-def ceilings() -> dict[str, float]:
-    """What this card reaches: device copy (bytes read and written) and a large matrix product on random data."""
-
-    def copy_rate() -> float:
-        a = torch.randn(1 << 29, device="cuda", dtype=torch.float16)
-        b = torch.empty_like(a)
-        return 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) / 1e6
-
-    def matmul_rate(dtype: torch.dtype) -> float:
-        m = torch.randn(8192, 8192, device="cuda", dtype=dtype)
-        return 2 * 8192**3 / milliseconds(lambda: m @ m) / 1e9
-
-    rates = {f"matmul_{name}_tflop_s": matmul_rate(DTYPES[name]) for name in ("float16", "bfloat16")}
-    return {"copy_gb_s": copy_rate(), **rates}
-
-
-# ---- Contestants ----------------------------------------------------------------------------------------------------
+def reason(problem: BaseException) -> str:
+    return f"{type(problem).__name__}: {problem}"[:LIMIT]
 
 
 @contextlib.contextmanager
-def depthwise(kernel: str) -> Iterator[None]:
-    """torch's switch between cuDNN's and its own depthwise kernel; "auto" where this torch has no such switch."""
-    if hasattr(torch._C, "_set_cudnn_depthwise_kernel"):
-        before = torch._C._get_cudnn_depthwise_kernel()
-        torch._C._set_cudnn_depthwise_kernel(kernel)
-        try:
-            yield
-        finally:
-            torch._C._set_cudnn_depthwise_kernel(before)
-    else:
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError in the body after `seconds`: a compiler that searches for minutes must not take the budget."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, seconds))
+    try:
         yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-class NativeDepthwise(nn.Module):
-    """A depthwise convolution with cuDNN off: how torch's own kernel is reached where the switch is missing."""
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=False):
-            return self.conv(x)
+# ---- Timing ---------------------------------------------------------------------------------------------------------
 
 
-def with_native_depthwise(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d) and child.groups > 1 and not isinstance(parent, NativeDepthwise):
-                setattr(parent, name, NativeDepthwise(child))
-    return model
+def copies(x: Tensor, moved: int, device: Cuda) -> list[Tensor]:
+    """x often enough that one round moves four times the L2 cache, at most 16 times."""
+    number = min(16, max(2, -(-4 * device.l2_bytes() // moved)))
+    return [x.clone() for _ in range(number)]
+
+
+def measure(run: Run, x: Tensor, moved: int, samples: int, device: Cuda) -> dict[str, Any]:
+    """us a call in eager and as graph, and the peak of extra memory a call holds."""
+    result: dict[str, Any] = {"peak_mb": device.peak_bytes(lambda: run(x)) / 2**20}
+    inputs = copies(x, moved, device)
+
+    def around() -> list[Tensor]:
+        return [run(value) for value in inputs]
+
+    result["eager_us"] = 1e3 * device.milliseconds(around, samples) / len(inputs)
+    try:
+        replay, _results = device.capture(around)
+        result["graph_us"] = 1e3 * device.milliseconds(replay, samples) / len(inputs)
+    except Exception as problem:  # a contestant that cannot be captured is a result
+        result["graph_error"] = reason(problem)
+        device.synchronize()
+    return result
+
+
+def ceilings(device: Cuda) -> dict[str, float]:
+    """What this card reaches: device copy (bytes read and written) and a large matrix product on random data."""
+    rates = {f"matmul_{name}_tflop_s": device.matmul_rate(DTYPES[name]) for name in ("float16", "bfloat16")}
+    return {"copy_gb_s": device.copy_rate(), **rates}
+
+
+# ---- Contestants ----------------------------------------------------------------------------------------------------
 
 
 class UnfusedBlock(nn.Module):
@@ -238,25 +201,18 @@ class UnfusedBlock(nn.Module):
 
 def contestants(unfused: nn.Module, compile_too: bool) -> dict[str, Callable[[], Run]]:
     """name -> a function that makes the contestant ready."""
+    from mbv2_kernels._bench.cuda import depthwise, max_autotune, with_native_depthwise
 
-    def eager(kernel: str, model: nn.Module) -> Run:
-        def run(x: Tensor) -> Tensor:
-            with depthwise(kernel):
-                return model(x)
+    def cudnn(x: Tensor) -> Tensor:
+        with depthwise("cudnn"):
+            return unfused(x)
 
-        return run
-
-    def compiled() -> Run:
-        torch._dynamo.reset()
-        return torch.compile(unfused, mode="max-autotune-no-cudagraphs", dynamic=False)
-
-    native = unfused if hasattr(torch._C, "_set_cudnn_depthwise_kernel") else with_native_depthwise(unfused)
     found: dict[str, Callable[[], Run]] = {
-        "eager cudnn": lambda: eager("cudnn", unfused),
-        "eager native": lambda: eager("native", native),
+        "eager cudnn": lambda: cudnn,
+        "eager native": lambda: with_native_depthwise(unfused),
     }
     if compile_too:
-        found["compile max-autotune"] = compiled
+        found["compile max-autotune"] = lambda: max_autotune(unfused)
     return found
 
 
@@ -266,35 +222,44 @@ def error(y: Tensor, want: Tensor) -> float:
 
 def compare(
     report: Report, key: str, row: dict[str, Any], ready: dict[str, Callable[[], Run]], x: Tensor,
-    want: tuple[Tensor, Tensor], limit: float, moved: int, work: int, budget: Budget, need: float, samples: int,
+    want: tuple[Tensor, Tensor], limit: float, moved: int, work: int, need: float, options: Any, budget: Budget,
 ) -> None:  # fmt: skip
     """Check and time every contestant; `want` is the fp64 result of the first and last few images of x."""
     first, last = want
+    device: Cuda = options.device
     for name, make in ready.items():
-        seconds = 60.0 if "compile" in name else need
-        if budget.left() < seconds:
+        compiling = "compile" in name
+        if budget.left() < (60.0 if compiling else need):
             report.skip(f"{key} {row} {name}", f"{budget.left():.0f} s left")
             continue
+        run = y = None
         try:
-            run = make()
-            y = run(x)
-            off = max(error(y[: len(first)], first), error(y[-len(last) :], last))
-            # ours within the bound; a peer that is far off computes something else, and its time means nothing
-            allowed = limit if name.startswith("fused") else 10 * limit
-            result: dict[str, Any] = {**row, "contestant": name, "error": off, "allowed": allowed}
-            if off <= allowed:
-                result |= measure(run, x, moved, samples)
-                best = min(result.get("graph_us", 1e12), result["eager_us"])
-                result |= {"gb_s": moved / best / 1e3, "tflop_s": work / best / 1e6}
-            else:
-                result["failed"] = f"off by {off:.2e}, allowed {allowed:.2e}: not timed"
+            with time_limit(min(budget.left() - 2, COMPILE_LIMIT if compiling else CALL_LIMIT)):
+                run = make()
+                y = run(x)
+                off = max(error(y[: len(first)], first), error(y[-len(last) :], last))
+                # ours within the bound; a peer that is far off computes something else, and its time means nothing
+                allowed = limit if name.startswith("fused") else 10 * limit
+                result: dict[str, Any] = {**row, "contestant": name, "error": off, "allowed": allowed}
+                if off <= allowed:
+                    result |= measure(run, x, moved, options.samples, device)
+                    best = min(result.get("graph_us", 1e12), result["eager_us"])
+                    result |= {"gb_s": moved / best / 1e3, "tflop_s": work / best / 1e6}
+                    result |= fractions(result, report.data.get("ceilings", {}))
+                else:
+                    result["failed"] = f"off by {off:.2e}, allowed {allowed:.2e}: not timed"
         except Exception as problem:
-            result = {**row, "contestant": name, "failed": f"{type(problem).__name__}: {problem}"[:500]}
-            with contextlib.suppress(Exception):
-                torch.cuda.synchronize()
+            result = {**row, "contestant": name, "failed": reason(problem), "traceback": traceback.format_exc()[-2000:]}
         report.add(key, result)
         print(line(result), flush=True)
-        torch.cuda.empty_cache()
+        device.synchronize()  # raises if the CUDA context is lost: only a new process helps then
+        device.release()
+
+
+def fractions(result: dict[str, Any], measured: dict[str, float]) -> dict[str, float]:
+    """The rates against the card's own: of the copy and of the matrix product in this dtype."""
+    of = {"of_copy": ("gb_s", "copy_gb_s"), "of_matmul": ("tflop_s", f"matmul_{result['dtype']}_tflop_s")}
+    return {name: result[rate] / measured[top] for name, (rate, top) in of.items() if measured.get(top)}
 
 
 def line(r: dict[str, Any]) -> str:
@@ -320,7 +285,7 @@ def bench_block(report: Report, block: Any, batch: int, dtype: torch.dtype, opti
     torch.manual_seed(0)
 
     def rand(*shape: int, scale: float) -> Tensor:
-        return (torch.randn(shape, device="cuda") * scale).to(dtype)
+        return (torch.randn(shape, device=options.device.name) * scale).to(dtype)
 
     x = rand(batch, i, block.size, block.size, scale=1.0).contiguous(memory_format=torch.channels_last)
     weights = [
@@ -342,12 +307,16 @@ def bench_block(report: Report, block: Any, batch: int, dtype: torch.dtype, opti
     moved = x.element_size() * (batch * (block.size**2 * i + out**2 * o) + c * (i * block.expand + o + k * k))
     work = 2 * batch * c * (block.size**2 * i * block.expand + out**2 * (k * k + o))
     row = {"block": block.name, "dtype": str(dtype)[6:], "batch": batch}
-    compare(report, "blocks", row, ready, x, ends(x, exact), BOUNDS[dtype], moved, work, budget, 4.0, options.samples)
+    compare(report, "blocks", row, ready, x, ends(x, exact), BOUNDS[dtype], moved, work, 4.0, options, budget)
 
 
-def bench_network(report: Report, batch: int, dtype: torch.dtype, options: Any, budget: Budget) -> None:
+def bench_network(
+    report: Report, batch: int, dtype: torch.dtype, options: Any, budget: Budget, compiling: bool
+) -> None:
     import mbv2_kernels as mbv2
+    from mbv2_kernels._bench.cuda import max_autotune
     from mbv2_kernels._bench.peers import fold_batch_norm
+    from mbv2_kernels.models import count
 
     torch.manual_seed(0)
     model = mbv2.models.mobilenet_v2()
@@ -357,8 +326,9 @@ def bench_network(report: Report, batch: int, dtype: torch.dtype, options: Any, 
             nn.init.normal_(module.bias, 0.0, 0.3)
             nn.init.normal_(module.running_mean, 0.0, 0.2)
             nn.init.uniform_(module.running_var, 0.7, 1.3)
-    model = model.eval().cuda()
-    x = torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+    device = options.device.name
+    model = model.eval().to(device)
+    x = torch.randn(batch, 3, SIZE, SIZE, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     exact = copy.deepcopy(model).double()
     unfused = fold_batch_norm(model, x[:1].float()).to(dtype).to(memory_format=torch.channels_last)
     want = ends(x, exact)
@@ -367,18 +337,14 @@ def bench_network(report: Report, batch: int, dtype: torch.dtype, options: Any, 
     def fused() -> nn.Module:
         return mbv2.fuse(copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last))
 
-    def fused_compiled() -> Run:
-        torch._dynamo.reset()
-        return torch.compile(fused(), mode="max-autotune-no-cudagraphs", dynamic=False)
-
-    ready: dict[str, Callable[[], Run]] = {"fused": fused, **contestants(unfused, False)}
-    ready["fused + compile"] = fused_compiled
-    ready["compile max-autotune"] = contestants(unfused, True)["compile max-autotune"]
+    ready: dict[str, Callable[[], Run]] = {"fused": fused, **contestants(unfused, True)}
+    ready["fused + compile"] = lambda: max_autotune(fused())
+    ready = {name: make for name, make in ready.items() if ("compile" in name) == compiling}
     parameters = sum(p.numel() for p in unfused.parameters())
     moved = x.element_size() * (x.numel() + 1000 * batch + parameters)
     row = {"dtype": str(dtype)[6:], "batch": batch}
-    work = 2 * batch * 300_800_000  # multiply-adds of the network at 224 x 224 (Table 4 of the paper)
-    compare(report, "network", row, ready, x, want, limit, moved, work, budget, 8.0, options.samples)
+    work = 2 * count(model, tuple(x.shape)).multiply_adds
+    compare(report, "network", row, ready, x, want, limit, moved, work, 8.0, options, budget)
 
 
 def run_tests(report: Report, seconds: float) -> None:
@@ -396,25 +362,36 @@ def run_tests(report: Report, seconds: float) -> None:
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", text)}
     report.set("tests", {"exit": code, "seconds": time.monotonic() - begin, **counts, "output": text[-20000:]})
     print(f"GPU tests: exit {code} {counts}\n" + "\n".join(re.findall(r"^(?:FAILED|ERROR).*", text, re.M)), flush=True)
+    if code == 0 and counts.get("passed"):
+        machine = report.data["machine"]
+        words = f"{machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, {machine['date']}"
+        row = f'    {machine["capability"].replace(".", "")}: "{words}",'
+        print(f"to make Triton the default there, add to CHECKED in mbv2_kernels/triton/configs.py:\n{row}", flush=True)
 
 
-def header() -> dict[str, Any]:
-    import triton
+def header(device: Cuda) -> dict[str, Any]:
+    from mbv2_kernels._bench.cuda import HAS_DEPTHWISE_SWITCH
 
-    p = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        except Exception as problem:
+            return reason(problem)
+
+    def version(name: str) -> str:
+        try:
+            return importlib.import_module(name).__version__
+        except Exception as problem:
+            return reason(problem)
+
     return {
-        "gpu": p.name,
-        "capability": f"{p.major}.{p.minor}",
-        "multiprocessors": p.multi_processor_count,
-        "memory_gib": round(p.total_memory / 2**30),
-        "l2_mib": p.L2_cache_size / 2**20,
-        "driver, clock": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
+        **device.describe(),
+        "driver, clock": output("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "depthwise switch": hasattr(torch._C, "_set_cudnn_depthwise_kernel"),
-        "triton": triton.__version__,
+        "triton": version("triton"),
+        "mbv2_kernels": version("mbv2_kernels"),
+        "commit": output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+        "depthwise switch": HAS_DEPTHWISE_SWITCH,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
@@ -448,55 +425,96 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything (540)")
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 1, 32])
     parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"], choices=list(DTYPES))
-    parser.add_argument("--blocks", nargs="*", help="of mbv2_kernels.triton.offline.BLOCKS; distinct ones without")
+    parser.add_argument(
+        "--blocks", nargs="*", default=[DISTINCT], help="names of mbv2_kernels.triton.offline.BLOCKS; none: no blocks"
+    )
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--compile-blocks", action="store_true", help="single blocks too, about 20 s each")
+    parser.add_argument("--no-compile", dest="compile_network", action="store_false", help="no torch.compile at all")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-network", action="store_true")
-    options = parser.parse_args()
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # the process that does the work
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The process at the top: it builds, and starts a new process for the rest until one comes to the end."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = arguments(argv)
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py needs a CUDA device; torch sees none")
     budget, report = Budget(options.budget), Report(options.out)
-    build()
-    report.set("machine", header())
-    print(json.dumps(report.data["machine"]), flush=True)
-    torch.backends.cudnn.benchmark = True
+    report.attempt("build", build)
+    supervise(report, budget, [sys.executable, __file__, *argv])
+    report.set("seconds", options.budget - budget.left())
+    report.set("table", table(report.data).splitlines())
+    print(f"\nfused / best unfused, in {report.data['seconds']:.0f} s\n{table(report.data)}")
+
+
+def supervise(report: Report, budget: Budget, command: list[str]) -> None:
+    """Run `command --part`, which goes on where the JSON ends, until it is done or the budget is spent."""
+    report.write()
+    for _ in range(10):
+        if budget.left() < 10:
+            break
+        try:
+            part = [*command, "--part", "--budget", str(budget.left() - 5)]
+            code = subprocess.run(part, timeout=budget.left()).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+        report.reload()
+        if code == 0:
+            return
+        report.skip(report.data["begun"][-1], f"the process ended there with code {code}")
+
+
+def run_part(options: argparse.Namespace, device: Cuda | None = None) -> None:
+    """All of the work that is not begun yet; `device` is for the test of this script, which has a stand-in."""
+    from mbv2_kernels import set_backend
+    from mbv2_kernels._bench.cuda import Cuda
     from mbv2_kernels.triton import offline
 
+    budget, report = Budget(options.budget), Report(options.out)
+    report.reload()
+    options.device = device or Cuda()
+    set_backend("triton")  # also on a GPU that is not in configs.CHECKED: every result is checked before it is timed
+    torch.backends.cudnn.benchmark = True
+    report.set("machine", header(options.device))
+    print(json.dumps(report.data["machine"]), flush=True)
+    if not options.no_tests:
+        report.attempt("tests", lambda: run_tests(report, min(200.0, 0.4 * budget.left())))
+    report.attempt("ceilings", lambda: report.set("ceilings", ceilings(options.device)))
+    print({k: round(v, 1) for k, v in report.data.get("ceilings", {}).items()}, flush=True)
+    names = options.blocks
+    if names == [DISTINCT]:
+        names = list({b._replace(name=""): b.name for b in reversed(offline.MOBILENET_V2)}.values())[::-1]
+    work: list[tuple[str, Callable[[], None]]] = []
+    for batch, name in itertools.product(options.batches, options.dtypes):
+        common = batch, DTYPES[name], options, budget
+        stages = [(f"{block} {batch} {name}", bench_block, offline.BLOCKS[block]) for block in names]
+        if not options.no_network:
+            work.append((f"network {batch} {name}", functools.partial(bench_network, report, *common, False)))
+        work += [(what, functools.partial(do, report, block, *common)) for what, do, block in stages]
+        if options.compile_network and not options.no_network:
+            do = functools.partial(bench_network, report, *common, True)
+            work.append((f"compiled network {batch} {name}", do))
     with torch.no_grad():
-        if not options.no_tests:
-            run_tests(report, min(200.0, 0.4 * budget.left()))
-        report.set("ceilings", ceilings())
-        print({k: round(v) for k, v in report.data["ceilings"].items()}, flush=True)
-        torch.cuda.empty_cache()
-        names = options.blocks
-        if names is None:
-            names = list({b._replace(name=""): b.name for b in reversed(offline.MOBILENET_V2)}.values())[::-1]
-        work: list[tuple[str, Callable[[], None]]] = []
-        for batch, dtype in itertools.product(options.batches, (DTYPES[name] for name in options.dtypes)):
-            common = batch, dtype, options, budget
-            if not options.no_network:
-                work.append((f"network {batch} {dtype}", functools.partial(bench_network, report, *common)))
-            for block in names:
-                do_block = functools.partial(bench_block, report, offline.BLOCKS[block], *common)
-                work.append((f"{block} {batch} {dtype}", do_block))
         for what, do in work:
             if budget.left() < 10:
                 report.skip(what, "budget spent")
                 continue
-            try:
-                do()
-            except Exception as problem:
-                report.skip(what, f"{type(problem).__name__}: {problem}"[:500])
-    report.set("table", table(report.data).splitlines())
-    print(f"\nfused / best unfused, in {options.budget - budget.left():.0f} s\n{table(report.data)}")
+            report.attempt(what, do)
+            options.device.synchronize()  # a lost CUDA context ends this process here; the next one goes on
 
 
 if __name__ == "__main__":
-    main()
+    if "--part" in sys.argv:
+        run_part(arguments(None))
+    else:
+        main()

@@ -1,7 +1,8 @@
 """Which backend runs a block, and running it: the one place that knows all of them.
 
     "cpu"        CPU tensors, float32, bfloat16, float16: the C++ kernels on weights packed for the active tier
-    "triton"     CUDA tensors (CPU tensors under TRITON_INTERPRET=1), the same dtypes: one Triton launch
+    "triton"     CUDA tensors (CPU tensors under TRITON_INTERPRET=1), the same dtypes: one Triton launch. "auto" uses
+                 it only on GPUs of an architecture on which it was checked (triton/configs.py: CHECKED)
     "reference"  anything else, in plain PyTorch operations; also on request
 
 Nothing is skipped in silence: what runs is recorded (`memo.last_run`, shown by `summary`), and where no kernel can take
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from . import _C, reference
 from .fold import BlockTensors, Eps, FoldedWeights, Run, fold, memo
+from .triton import configs
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
 
@@ -34,6 +36,8 @@ _logger = logging.getLogger("mbv2_kernels")
 _backend = "auto"
 _warned: set[str] = set()
 _REFERENCE = Run("reference")
+
+UNCHECKED = "the Triton kernels have not been checked on such a GPU"  # how the reason of `unchecked_gpu` begins
 
 
 class BlockConfig(NamedTuple):
@@ -50,9 +54,10 @@ class BlockConfig(NamedTuple):
 def set_backend(name: str) -> None:
     """Chooses what runs fused blocks in this process: "auto" (the default), "cpu", "triton" or "reference".
 
-    For tests and bug reports. Takes effect at the next call, of compiled code too. "auto" is Triton for CUDA tensors
-    and C++ for CPU tensors. A tensor that the chosen backend cannot take raises when it comes; float64 always runs the
-    reference. Raises ValueError for another name.
+    For tests and bug reports. Takes effect at the next call, of compiled code too. "auto" is C++ for CPU tensors, and
+    for CUDA tensors Triton, if its kernels were checked on a GPU of that architecture: else the original modules run,
+    with a warning, and "triton" is the way to try it. A tensor that the chosen backend cannot take raises when it
+    comes; float64 always runs the reference. Raises ValueError for another name.
     """
     global _backend
     if name not in BACKENDS:
@@ -80,6 +85,8 @@ def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -
     if triton is not None:
         run = Run("triton", None, x.dtype)
         weights = memo.get(tensors, eps, run, lambda folded: triton.prepare_weights(x.dtype, *folded))
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            memo.keep(tensors, weights)  # the graph will read them at every replay
         return triton.inverted_residual(x, *weights, *config)
     memo.note(tensors, _REFERENCE)
     weights = fold(tensors, eps)  # anew in every call: gradcheck edits its inputs in ways no memo can notice
@@ -89,10 +96,30 @@ def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -
 
 def inverted_residual_triton(x: Tensor, *args: object) -> Tensor:
     """The op `mbv2::inverted_residual` on CUDA tensors."""
+    if _backend == "auto" and unchecked_gpu(x.device) is not None:
+        y = reference.inverted_residual(x, *args[:6], **BlockConfig(*args[6:])._asdict())  # type: ignore[arg-type]
+        return dense(y, torch.channels_last)
     ops, reason = _triton_ops()
     if ops is None:
         raise RuntimeError(f"mbv2::inverted_residual on {x.device} needs Triton: {reason}")
     return ops.inverted_residual(x, *args)
+
+
+@torch.compiler.assume_constant_result  # tracing takes the answer, and the warning is given then
+def unchecked_gpu(device: torch.device) -> str | None:
+    """Why "auto" does not run the Triton kernels on this CUDA device (and warns, once); None if it does."""
+    capability = _capability(device)
+    if capability in configs.CHECKED:
+        return None
+    reason = f'{UNCHECKED} (compute capability {capability / 10}): set_backend("triton") runs them all the same'
+    _warn_once(f"fused blocks run unfused: {reason}")
+    return reason
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 def dense(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -130,6 +157,8 @@ def _select_triton(x: Tensor, tensors: BlockTensors) -> ModuleType | None:
         return None
     if _backend == "cpu":
         raise RuntimeError(f'set_backend("cpu") is in force, but x is on {x.device}')
+    if x.is_cuda and _backend == "auto" and unchecked_gpu(x.device) is not None:
+        return None
     if x.is_cuda or (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"):
         ops, reason = _triton_ops()
         if ops is not None:

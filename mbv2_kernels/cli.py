@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ._bench.cuda import Cuda, FoldedNative, Graphed, MaxAutotune
 from ._bench.inputs import (
     InputError,
     load_model,
@@ -43,6 +44,7 @@ from ._bench.timing import CheckFailed, Comparison, compare
 from ._bench.verify import Verification, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICE = Cuda()  # what --device cuda times on
 RANDOM_NOTE = "weights are random (seed 0); BatchNorm scales, shifts and running statistics are set as if trained"
 
 
@@ -125,9 +127,27 @@ def build(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, str]:
         randomise_batch_norm(model, size)
         note = RANDOM_NOTE
     note += f"; input: {len(images)} picture(s)" if images else "; input: random pictures"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        note += _prepare_cuda(device, dtype)
     model = model.to(device, dtype)
     fused_paths(model)  # an error now, before any work, if there is nothing to fuse
     return model, x.to(device, dtype), note
+
+
+def _prepare_cuda(device: torch.device, dtype: torch.dtype) -> str:
+    """Chooses what runs on a GPU here, and says so: these commands check every result, so they may try a new GPU."""
+    from .backends import get_backend, set_backend, unchecked_gpu
+
+    note = ""
+    if get_backend() == "auto":
+        if reason := unchecked_gpu(device):
+            note += f'; backend "triton", which is not this GPU\'s default: {reason}'
+        set_backend("triton")
+    if dtype is torch.float32:
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        note += "; TF32 off"
+    return note
 
 
 def title(arguments: argparse.Namespace, x: Tensor) -> str:
@@ -202,12 +222,18 @@ def verify_command(arguments: argparse.Namespace) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Time the fused blocks and network against the best unfused ones."""
+    if arguments.graph and not arguments.device.startswith("cuda"):
+        raise InputError("--graph is for CUDA graphs: it needs --device cuda")
     model, x, note = build(arguments)
     threads = arguments.threads or torch.get_num_threads()
-    block_peers: list[Peer] = [Fused(), Folded(), Eager()]
-    network_peers: list[Peer] = [*block_peers] if arguments.no_compile else [*block_peers, Compiled()]
+    block_peers, network_peers = _peers(arguments, x.device)
     header = machine(threads, x.device)
-    peak = header["fma_peak_gflops_per_thread"] * threads
+    if x.device.type == "cuda":
+        note += ", every contestant as a CUDA graph" if arguments.graph else ", without CUDA graphs"
+        header["matmul_tflop_s"], header["copy_gb_s"] = DEVICE.matmul_rate(x.dtype), DEVICE.copy_rate()
+        peak = 1e3 * header["matmul_tflop_s"]
+    else:
+        peak = header["fma_peak_gflops_per_thread"] * threads
     print(f"{describe(header)}\n{title(arguments, x)}\n{note}", flush=True)
     progress = Progress()
     block_results: list[Comparison] = []
@@ -245,6 +271,17 @@ def bench(arguments: argparse.Namespace) -> int:
         }
         write_json(arguments.json, "bench", content)
     return 0
+
+
+def _peers(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Peer], list[Peer]]:
+    """The contestants for single blocks and for the network."""
+    on_gpu = device.type == "cuda"
+    blocks: list[Peer] = [Fused(), Folded(), *([FoldedNative()] if on_gpu else []), Eager()]
+    compiled: list[Peer] = [] if arguments.no_compile else [MaxAutotune() if on_gpu else Compiled()]
+    network = blocks + compiled
+    if arguments.graph:
+        return [Graphed(peer, DEVICE) for peer in blocks], [Graphed(peer, DEVICE) for peer in network]
+    return blocks, network
 
 
 def output_options() -> Parser:
@@ -311,6 +348,7 @@ def _parser() -> Parser:
         parents=[network, timing_options(), output],
         help="fused against the best unfused path, per block and whole network",
     )
+    command.add_argument("--graph", action="store_true", help="with --device cuda: everything as CUDA graphs")
     command.set_defaults(run=bench)
     return parser
 

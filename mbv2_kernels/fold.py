@@ -14,10 +14,14 @@ Two writes are invisible, because they bypass the version counter:
   backward). Whoever runs a block's BatchNorms in training mode calls `memo.forget(tensors)`.
 
 `memo.clear()` drops everything; `fuse` calls it, so `fuse(model)` again is the way out after edits through `.data`.
+
+A CUDA graph knows nothing of all this: it replays with the weights of its capture, which `memo.keep` keeps alive as
+long as the block's own tensors live. After a change of the weights it has to be captured again.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import operator
 import threading
@@ -199,12 +203,15 @@ class Run(NamedTuple):
     dtype: torch.dtype | None = None  # of the kept weights, where that depends on the input
 
 
+_Watch = list[weakref.ref[torch.UntypedStorage]]
+
+
 class _Record:
     """What is kept for one block: valid while `stamp` matches, one value for each `Run` seen."""
 
     __slots__ = ("last_run", "stamp", "storages", "values")
 
-    def __init__(self, stamp: tuple[Any, ...] | None, storages: list[weakref.ref[torch.UntypedStorage]]) -> None:
+    def __init__(self, stamp: tuple[Any, ...] | None, storages: _Watch) -> None:
         self.stamp = stamp
         self.storages = storages
         self.values: dict[Run, Any] = {}
@@ -223,6 +230,7 @@ class Memo:
 
     def __init__(self) -> None:
         self._records: dict[tuple[int, ...], _Record] = {}
+        self._captured: dict[tuple[int, ...], tuple[_Watch, list[Any]]] = {}
         self._lock = threading.RLock()  # a torch dispatch mode may run a block while one is built
         self._warned_inference = False
 
@@ -250,8 +258,25 @@ class Memo:
         key = tuple(map(_address_of, present))
         record = self._records.get(key)
         if record is None:
-            record = self._records[key] = _Record(None, self._watch(key, present))
+            record = self._records[key] = _Record(None, self._watch(key, present, self._records))
         record.last_run = run
+
+    def keep(self, tensors: BlockTensors, value: Any) -> None:
+        """Keeps `value` as long as the tensors' memory lives, even if they change: a graph being captured reads it.
+
+        Only if it is the memo's own. What was built during the capture belongs to the graph.
+        """
+        present = [t for t in tensors if t is not None]
+        key = tuple(map(_address_of, present))
+        with self._lock:
+            record = self._records.get(key)
+            if record is None or all(value is not own for own in record.values.values()):
+                return
+            if key not in self._captured:
+                self._captured[key] = (self._watch(key, present, self._captured), [])
+            values = self._captured[key][1]
+            if all(value is not kept for kept in values):
+                values.append(value)
 
     def last_run(self, tensors: BlockTensors) -> tuple[str, str | None] | None:
         """Backend and tier that last ran the block of these tensors; None if none has, since they changed place."""
@@ -263,7 +288,7 @@ class Memo:
         self._records.pop(_key(tensors), None)
 
     def clear(self) -> None:
-        """Drops everything."""
+        """Drops everything but what CUDA graphs use."""
         self._records.clear()
 
     def _miss(
@@ -282,14 +307,16 @@ class Memo:
                 return self._build_untracked(tensors, eps, run, build)
             record = self._records.get(key)
             if record is None or record.stamp != stamp:
-                record = _Record(stamp, self._watch(key, present))
+                record = _Record(stamp, self._watch(key, present, self._records))
             elif run in record.values:  # another thread was faster
                 return record.values[run]
-            value = _build(tensors, eps, build)
-            if tensors.depthwise_weight.is_cuda:
-                if torch.cuda.is_current_stream_capturing():
-                    return value  # lives in the graph's memory and is computed by its replays: of no use outside
-                torch.cuda.current_stream(tensors.depthwise_weight.device).synchronize()  # other streams will read it
+            if not tensors.depthwise_weight.is_cuda:
+                value = _build(tensors, eps, build)
+            elif torch.cuda.is_current_stream_capturing():
+                self.note(tensors, run)
+                return _build(tensors, eps, build)  # in the graph's memory, and anew in each of its replays
+            else:
+                value = _build_outside_graphs(tensors, eps, build)
             record.values[run] = value
             record.last_run = run
             self._records[key] = record
@@ -306,13 +333,13 @@ class Memo:
         self.note(tensors, run)
         return _build(tensors, eps, build)
 
-    def _watch(self, key: tuple[int, ...], present: list[Tensor]) -> list[weakref.ref[torch.UntypedStorage]]:
-        """Weak references to the storages, that remove the record under `key` when one of them dies.
+    @staticmethod
+    def _watch(key: tuple[int, ...], present: list[Tensor], records: dict[tuple[int, ...], Any]) -> _Watch:
+        """Weak references to the storages, that remove what `records` has under `key` when one of them dies.
 
         Whatever record stands there then is made from memory that is gone. torch keeps a storage's Python object as
         long as the storage lives, so the reference follows the memory and not the Python object.
         """
-        records = self._records
 
         def remove(_: object) -> None:
             records.pop(key, None)
@@ -323,6 +350,25 @@ class Memo:
 def _build(tensors: BlockTensors, eps: Eps, build: Callable[[FoldedWeights], Any]) -> Any:
     with torch.no_grad():
         return build(fold(tensors, eps))
+
+
+def _build_outside_graphs(tensors: BlockTensors, eps: Eps, build: Callable[[FoldedWeights], Any]) -> Any:
+    """`_build` on a GPU, finished when it returns (other streams will read it), in torch's ordinary memory.
+
+    In a thread of its own: torch.compile's CUDA graphs warm up with the memory of the calling thread coming from the
+    graph's pool, and refuse a model that keeps some of it.
+    """
+    device = tensors.depthwise_weight.device
+    stream = torch.cuda.current_stream(device)
+
+    def in_thread() -> Any:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            value = _build(tensors, eps, build)
+            stream.synchronize()
+            return value
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(in_thread).result()
 
 
 # The lookup runs in every call of every block: map() over these is the fastest way through some fifteen tensors.

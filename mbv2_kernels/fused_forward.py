@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .backends import UNCHECKED, get_backend, unchecked_gpu
 from .fold import BlockTensors, memo
 from .functional import run_block
 
@@ -122,6 +123,8 @@ class FusedForward:
             return f"layout {x.layout} is not computed by the kernels"
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             return NO_FIT
+        if x.is_cuda and get_backend() == "auto":
+            return unchecked_gpu(x.device)
         return None
 
     def tensors(self) -> BlockTensors:
@@ -160,7 +163,7 @@ class FusedForward:
         if reason.startswith(TRAINING):
             if not self._has_parametrized_weights():
                 memo.forget(self.tensors())  # see _run_eagerly; this one also serves compiled code that runs later
-        elif reason not in self.warned and reason != NO_FIT:
+        elif reason not in self.warned and reason != NO_FIT and not reason.startswith(UNCHECKED):
             self.warned.add(reason)
             _logger.warning("block %r runs its original modules: %s", self.path, reason)
 

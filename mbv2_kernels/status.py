@@ -95,10 +95,18 @@ def _triton(import_triton: bool) -> BackendStatus:
         except Exception as error:  # whatever a broken Triton raises is the reason to show
             return BackendStatus("triton", False, f"Triton cannot be imported: {type(error).__name__}: {error}")
         available, reason = ops.available()
-        return BackendStatus("triton", available, reason)
+        return BackendStatus("triton", available, reason + (_unchecked() if available and not missing else ""))
     if missing:
         return BackendStatus("triton", False, missing)
-    return BackendStatus("triton", True, torch.cuda.get_device_name())
+    return BackendStatus("triton", True, torch.cuda.get_device_name() + _unchecked())
+
+
+def _unchecked() -> str:
+    """What to add about the GPUs that "auto" leaves alone."""
+    from .backends import unchecked_gpu
+
+    reasons = (unchecked_gpu(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+    return "".join(f'; not used by "auto": {reason}' for reason in dict.fromkeys(reasons) if reason)
 
 
 def status(*, import_triton: bool = False) -> Status:

@@ -10,6 +10,7 @@ Triton tests of the same session compile.
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import importlib.util
 import multiprocessing
 from collections.abc import Iterator
@@ -208,10 +209,16 @@ def test_matches_fp64(worker: concurrent.futures.Executor, name: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu6", "relu", "none"])
-@pytest.mark.parametrize("expand", [True, False])
-def test_nan_and_infinity_as_in_torch(worker: concurrent.futures.Executor, activation: str, expand: bool) -> None:
-    """NaN spreads to exactly the pixels that torch's spreads to; ReLU6 of an infinity is 6 or 0."""
-    case = Case(in_channels=16, expand=expand, activation=activation, height=9, width=9, dtype=FP32, tile={})
+@pytest.mark.parametrize(("expand", "hidden"), [(True, 16), (True, 19), (False, 16), (False, 19)])
+def test_nan_and_infinity_as_in_torch(
+    worker: concurrent.futures.Executor, activation: str, expand: bool, hidden: int
+) -> None:
+    """NaN spreads to exactly the pixels that torch's spreads to; ReLU6 of an infinity is 6 or 0. A last chunk that is
+    not full must not turn an infinity into NaN."""
+    case = Case(
+        in_channels=hidden, hidden_channels=hidden, expand=expand, activation=activation, height=9, width=9,
+        dtype=FP32, tile={},
+    )  # fmt: skip
     edit = {"0,3,1,1": float("nan"), "0,2,6,6": float("inf")}
     y, want = worker.submit(_run, case, edit).result(), _expected(case, edit)
     assert 0 < want.isnan().sum() < want.numel()
@@ -266,6 +273,25 @@ def test_prepared_weights_give_the_same(worker: concurrent.futures.Executor) -> 
     plain, prepared, strides = worker.submit(_prepared, Case(hidden_channels=32, kernel=3)).result()
     assert torch.equal(plain, prepared)
     assert strides[0] == 1  # neighbouring channels side by side
+
+
+def _kept_and_left() -> tuple[int, int]:
+    import mbv2_kernels as mbv2
+    from mbv2_kernels.fold import memo
+
+    mbv2.set_backend("triton")
+    x, *weights = Case(dtype=FP32, kernel=1).tensors()
+    mbv2.inverted_residual(x, *weights)
+    kept = len(memo)
+    del weights
+    gc.collect()
+    return kept, len(memo)
+
+
+def test_prepared_weights_do_not_keep_the_callers_alive(worker: concurrent.futures.Executor) -> None:
+    """Weights that are right as they come (fp32, contiguous, one tap) are copied: else the memo would hold them for
+    ever."""
+    assert worker.submit(_kept_and_left).result() == (1, 0)
 
 
 def test_available_names_the_interpreter(worker: concurrent.futures.Executor) -> None:

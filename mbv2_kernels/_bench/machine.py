@@ -65,7 +65,12 @@ def describe(header: dict[str, Any]) -> str:
         f"Python {header['python']}, {header['system']}",
     ]
     if "gpu" in header:
-        lines.append(f"{header['gpu']}, CUDA {header['cuda']}")
+        measured = (
+            f", measured {header['copy_gb_s']:.0f} GB/s copy, {header['matmul_tflop_s']:.1f} TFLOP/s matrix product"
+            if "copy_gb_s" in header
+            else ""
+        )
+        lines.append(f"{header['gpu']}, CUDA {header['cuda']}{measured}")
     if header["environment"]:
         lines.append(", ".join(f"{name}={value}" for name, value in header["environment"].items()))
     return "\n".join(lines)

@@ -180,6 +180,14 @@ def choose_splits(tiles: int, slots: int, chunks: int) -> int:
 MAX_SPLITS = 64  # the second stage reads this many partial sums an output one after the other
 
 
+# ---- The GPUs that are known to compute right ------------------------------------------------------------------------
+
+# Compute capability (as in Device) -> card, versions and date of a run in which tests/test_gpu.py passed on the kernels
+# as they are now. set_backend("auto") uses Triton on these alone; set_backend("triton") on any. benchmarks/gpu.py
+# prints the line to add after such a run; a change of what kernels.py computes empties the table.
+CHECKED: dict[int, str] = {}
+
+
 # ---- The tiles ------------------------------------------------------------------------------------------------------
 
 

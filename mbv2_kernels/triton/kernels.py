@@ -115,7 +115,9 @@ def fused_block(
     CIN: tl.constexpr, C: tl.constexpr, COUT: tl.constexpr,
     K: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
     ACT: tl.constexpr, FINAL: tl.constexpr, RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr,  # of tl.dot in fp32: "ieee" or "tf32"
+    # of tl.dot in fp32: "ieee" or "tf32"; the tensor cores drop the low bits, and rounding before (cvt.rna.tf32) nearly
+    # doubles the instructions
+    PRECISION: tl.constexpr,
     NI: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,  # the tile, see above
     Q: tl.constexpr, NP: tl.constexpr, BP: tl.constexpr,
     BK: tl.constexpr,  # input channels a step of the expand product
@@ -227,7 +229,7 @@ def fused_block(
                 in_x = image_q % D * S - pad_left + (tile_x * TW + q_col) * (S * D)
                 in_pixel = ((n_q - n).to(index_type) * H + in_y) * W + in_x
                 taps = x_tile + (in_pixel * CIN)[:, None] + c[None, :]
-                row_step = (W * (D * CIN)).to(index_type)
+                row_step = W.to(index_type) * (D * CIN)
                 for _ky in range(K):
                     row_inside = valid & (in_y >= 0) & (in_y < H)
                     for kx in tl.static_range(K):
@@ -240,6 +242,8 @@ def fused_block(
                     in_y += D
 
             d = _activate_as(d + _bias(b2_ptr, c, c_mask)[None, :], ACT, DTYPE)
+            if EXPAND and C % CE != 0:  # an infinite x times the zeros past the last channel is NaN
+                d = tl.where(c_mask[None, :], d, 0.0).to(DTYPE)
             acc_a = _project(d, w2_ptr, acc_a, o_a, c, c_mask, C, COUT, PRECISION)
             if CO_B > 0:
                 acc_b = _project(d, w2_ptr, acc_b, o_b, c, c_mask, C, COUT, PRECISION)

@@ -71,8 +71,8 @@ INTERPRETED_DEVICE = configs.Device(capability=80, multiprocessors=1)
 
 
 def _tf32() -> bool:
-    """torch's switch for convolutions, which is what the fused block replaces."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    """torch's switch for convolutions, which is what the fused block replaces. The interpreter has no TF32."""
+    return not interpreted() and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def prepare_weights(
@@ -87,21 +87,21 @@ def prepare_weights(
     """The same six weights, same shapes, as the kernel reads them fastest; it takes any layout and float dtype.
 
     The two matrices in `dtype`, that of x. Depthwise weights in fp32, [k][k][C] in memory: a thread holds eight
-    neighbouring channels and loads them at once. Biases in fp32.
+    neighbouring channels and loads them at once. Biases in fp32. Always copies: whoever keeps the result must not keep
+    the caller's weights alive with it.
     """
 
-    def as_float(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else t.float().contiguous()
+    def copied(t: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        return None if t is None else t.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
-    taps = w_depthwise.float().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-    expand = None if w_expand is None else w_expand.to(dtype).contiguous()
+    taps = w_depthwise.permute(2, 3, 1, 0).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     return (
-        expand,
-        as_float(b_expand),
-        taps,
-        as_float(b_depthwise),
-        w_project.to(dtype).contiguous(),
-        as_float(b_project),
+        copied(w_expand, dtype),
+        copied(b_expand),
+        taps.permute(3, 2, 0, 1),
+        copied(b_depthwise),
+        copied(w_project, dtype),
+        copied(b_project),
     )
 
 
