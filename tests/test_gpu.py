@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which is not installed", allow_module_level=True)
 
-from test_triton_interpreter import CASES, Case
+from test_triton_interpreter import CASES, _run
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
@@ -32,7 +32,15 @@ OP = torch.ops.mbv2.inverted_residual
 
 
 @pytest.fixture(autouse=True)
-def _no_tf32() -> Any:
+def _triton() -> Iterator[None]:
+    """This is where the kernels are checked, so they run here on every GPU, checked before or not."""
+    mbv2.set_backend("triton")
+    yield
+    mbv2.set_backend("auto")
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> Iterator[None]:
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     yield
@@ -89,16 +97,14 @@ def test_network_shapes(name: str, batch: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_branch(name: str, dtype: torch.dtype) -> None:
-    """The cases of the interpreter test, in the dtypes it cannot do as well."""
-    from mbv2_kernels.triton import configs, ops
-
-    case: Case = CASES[name]._replace(dtype=dtype)
-    tensors = tuple(None if t is None else t.cuda() for t in case.tensors())
-    config = case.config()
+    """The cases of the interpreter test, in the dtypes it cannot do as well, with tiles that real hardware takes."""
     small = {"outputs": 64, "in_block": 64, "in_step": 16, "chunk": 16, "columns": 64, "warps": 4, "resident": 2}
-    tile = None if case.tile is None else configs.Tile(**small)
-    y = ops.inverted_residual(*tensors, *config, tile=tile, splits=case.splits)
-    assert _error(y, _exact(tensors, config)) < BOUNDS[dtype]
+    case = CASES[name]._replace(dtype=dtype)
+    if case.tile is not None:
+        kept = {field: value for field, value in case.tile.items() if field in ("columns", "two_parts")}
+        case = case._replace(tile=kept)
+    tensors = tuple(None if t is None else t.cuda() for t in case.tensors())
+    assert _error(_run(case, None, "cuda", small), _exact(tensors, case.config())) < BOUNDS[dtype]
 
 
 def test_tf32_follows_the_switch() -> None:
@@ -121,11 +127,16 @@ def test_never_worse_than_twice_the_unfused_error() -> None:
         assert _error(OP(*tensors, *config), want) < 2 * _error(unfused, want)
 
 
-def test_nan_spreads_as_in_torch() -> None:
-    tensors, config = _draw(BLOCKS["b8"], 2, torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["b8", "b3", "v1_512_512_s1"])
+def test_nan_and_infinity_as_in_torch(name: str, dtype: torch.dtype) -> None:
+    tensors, config = _draw(BLOCKS[name], 2, dtype)
     tensors[0][1, 5, 3, 4] = float("nan")
+    tensors[0][0, 2, 6, 6] = float("inf")
     y, want = OP(*tensors, *config), _exact(tensors, config)
-    assert torch.equal(y.isnan(), want.isnan()) and want.isnan().any()
+    assert want.isnan().any() and torch.equal(y.isnan(), want.isnan())
+    finite = want.isfinite()
+    assert torch.equal(y.isfinite(), finite) and _error(y[finite], want[finite]) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("name", ["b3", "b8", "b15", "b17"])
@@ -149,6 +160,25 @@ def test_graph_capture_and_replay() -> None:
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, OP(*tensors, *config))
+
+
+@torch.no_grad()
+def test_a_block_in_a_graph_keeps_its_weights() -> None:
+    block = mbv2.fuse(nn.Sequential(_model().features[3]).half())
+    x = torch.randn(2, 24, 28, 28, device="cuda", dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    want = block(x).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = block(x)
+    for norm in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.weight.mul_(1.5)
+    mbv2.fuse(mbv2.models.mobilenet_v2(0.35))
+    assert not torch.equal(block(x), want)
+    junk = [torch.full((1 << 18,), float("nan"), device="cuda") for _ in range(64)]
+    y.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(y, want)
+    del junk
 
 
 def test_runs_on_the_current_stream() -> None:
@@ -175,6 +205,10 @@ def test_non_default_device() -> None:
     y = OP(*tensors, *config)
     assert y.device == torch.device("cuda", 1) and torch.cuda.current_device() == 0
     assert _error(y, _exact(tensors, config)) < BOUNDS[torch.float16]
+    model, x = _model().to("cuda:1"), torch.randn(2, 3, 64, 64, device="cuda:1", dtype=torch.float16)
+    with torch.no_grad():  # the folded weights are made there as well
+        _same_answer(mbv2.fuse(copy.deepcopy(model).half()), model, x)
+    assert torch.cuda.current_device() == 0
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -252,6 +286,52 @@ def test_network_under_torch_compile() -> None:
     _same_answer(compiled, model, x)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(x)
+
+
+@torch.no_grad()
+def test_network_under_torch_compile_with_cuda_graphs() -> None:
+    """The first call of all happens inside the warm-up of a graph, whose memory pool must keep nothing of ours."""
+    model, x = _model(), torch.randn(4, 3, 224, 224, device="cuda", dtype=torch.float16)
+    fused = mbv2.fuse(copy.deepcopy(model).half())
+    compiled = torch.compile(fused, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        x.normal_()
+        _same_answer(lambda x: compiled(x).clone(), model, x)
+
+
+@torch.no_grad()
+def test_export() -> None:
+    model, x = _model(), torch.randn(2, 3, 96, 96, device="cuda", dtype=torch.float16)
+    fused = mbv2.fuse(copy.deepcopy(model).half())
+    exported = torch.export.export(fused, (x,)).module()
+    _same_answer(exported, model, x)
+    assert torch.equal(exported(x), fused(x))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
+def test_functional_form(weight_dtype: torch.dtype) -> None:
+    tensors, config = _draw(BLOCKS["b8"], 2, torch.float16)
+    x, *weights = (None if t is None else t.to(weight_dtype) for t in tensors)
+    x = x.half()
+    stride, padding, dilation, activation, _, residual = config
+    y = mbv2.inverted_residual(
+        x, *weights, stride=stride, padding=padding, dilation=dilation, activation=activation, residual=residual
+    )
+    assert _error(y, _exact((x, *weights), config)) < BOUNDS[torch.float16]
+
+
+@torch.no_grad()
+def test_default_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mbv2_kernels.triton import configs
+
+    major, minor = torch.cuda.get_device_capability()
+    model, x = _model(), torch.randn(1, 3, 64, 64, device="cuda")
+    for table, backend in (({}, "original modules"), ({major * 10 + minor: "this one"}, "triton")):
+        monkeypatch.setattr(configs, "CHECKED", table)
+        mbv2.set_backend("auto")
+        fused = mbv2.fuse(copy.deepcopy(model))
+        fused(x)
+        assert {row.backend for row in mbv2.summary(fused)} == {backend}
 
 
 @torch.no_grad()

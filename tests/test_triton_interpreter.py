@@ -90,14 +90,16 @@ def _set_up() -> None:
     torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
-def _run(case: Case, edit: dict[str, float] | None = None) -> Tensor:
-    """In the worker: the kernel's result. `edit` writes values into x by "n,c,y,x"."""
+def _run(
+    case: Case, edit: dict[str, float] | None = None, device: str = "cpu", small: dict[str, Any] = SMALL
+) -> Tensor:
+    """In the worker (or on a GPU): the kernel's result. `edit` writes values into x by "n,c,y,x"."""
     from mbv2_kernels.triton import configs, ops
 
-    x, *weights = case.tensors()
+    x, *weights = (None if t is None else t.to(device) for t in case.tensors())
     for place, value in (edit or {}).items():
         x[tuple(map(int, place.split(",")))] = value
-    tile = None if case.tile is None else configs.Tile(**SMALL | case.tile)
+    tile = None if case.tile is None else configs.Tile(**small | case.tile)
     plan, launched = configs.plan, []
 
     def planned(*args: Any) -> configs.Plan:

@@ -1,7 +1,7 @@
 """What the compiler makes of the Triton kernels for GPUs that are not here: no spills, tensor cores, wide loads,
 shared memory within the device's limit. Compiles for a target, runs nothing; `pytest -s` prints the figures.
 
-The default set takes about a minute and a half on two cores: every distinct block of MobileNetV2, kernel 5, dilation
+The default set takes about a minute on two cores: every distinct block of MobileNetV2, kernel 5, dilation
 and MobileNetV1 in fp16 on sm_90; a covering choice (each form of the kernel, smallest and largest channels) on sm_80,
 on sm_89, in bf16 and in fp32. MBV2_OFFLINE_ALL=1 compiles all of them on all of sm_80, sm_89 and sm_90.
 """
@@ -76,6 +76,15 @@ def test_compiles_well(compiled: dict[Key, concurrent.futures.Future[offline.Fig
     # pixels, hidden channels of the scratch and weights are read 16 bytes at a time, nothing is read byte by byte
     assert f.loads_128 >= block.kernel
     assert f.loads_narrow == 0
+
+
+def test_traffic_of_the_network() -> None:
+    """What a prediction says of DRAM, against a count by hand: 256 images, 17 blocks, gigabytes."""
+    found = [offline.traffic(block, 256) for block in offline.MOBILENET_V2]
+    assert sum(t.fused for t in found) == pytest.approx(0.78e9, rel=0.01)
+    assert sum(t.unfused for t in found) == pytest.approx(6.67e9, rel=0.01)
+    b3 = 256 * 56 * 56 * 2
+    assert found[2] == (b3 * (24 + 24), b3 * (24 + 2 * 144 + 2 * 144 + 24 + 24))
 
 
 def test_hopper_gets_its_own_tensor_core_instruction(compiler: concurrent.futures.Executor) -> None:

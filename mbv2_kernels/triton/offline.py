@@ -3,6 +3,7 @@ memory, tensor-core instructions, width of the loads, instructions executed an o
 ptxas, cuobjdump and nvdisasm), no GPU and no torch.
 
     python -m mbv2_kernels.triton.offline --sm 90                          every block of MobileNetV2, k5, MobileNetV1
+    python -m mbv2_kernels.triton.offline --sm 80 89 90 --markdown         the tables of README.md
     python -m mbv2_kernels.triton.offline --sm 80 --sweep --blocks b3 b15   every candidate tile for them, best last
 """
 
@@ -114,11 +115,11 @@ class Figures(NamedTuple):
     barriers: float  # executed a tile
     per_output: float  # thread instructions an output pixel and hidden channel, everything included, batch -> infinity
     parts: dict[str, float]  # the same by kind
-    predicted_us: float  # see predict()
+    prediction: Prediction  # of an H200: says something of sm_90 alone
 
     def row(self) -> str:
         tile, (in_blocks, images, rows, columns) = self.tile, self.cut
-        predicted = f"{self.predicted_us:6.1f} us | " if self.sm == 90 else ""
+        predicted = f"{self.prediction.us:6.1f} us | " if self.sm == 90 else ""
         kinds = " ".join(f"{kind} {value:.1f}" for kind, value in self.parts.items())
         return (
             f"{self.block:14} sm_{self.sm} {self.dtype:8} {images}x{rows}x{columns:<3} Q{tile.outputs:<3}"
@@ -240,27 +241,51 @@ KINDS = {
 }
 
 
-# What a prediction rests on, for an H200: the copy rate measured there (KERNELS-GPU in the project's notes), 132
-# multiprocessors of 128 lanes at 1.755 GHz. The last three are assumptions, for a timed run to correct: how much of the
-# issue slots a kernel with barriers fills, the rate at which the L2 takes the scratch's stores, the cost of a launch.
+# What a prediction rests on, for an H200: the copy rate measured there, and 132 multiprocessors of 128 lanes at 1.755
+# GHz. The last three are assumptions, for a timed run to correct: how much of the issue slots a kernel with barriers
+# fills, the rate at which the L2 takes the scratch's stores, the cost of a launch.
 COPY_BYTES, LANES = 4.3e12, 132 * 128 * 1.755e9
 ISSUE_SHARE, L2_BYTES, LAUNCH_US = 0.65, 5.5e12, 3.0
 
 
-def predict(block: Block, plan: configs.Plan, per_output: float, batch: int, element_size: int) -> float:
-    """Microseconds a call on an H200, from the slowest of: instructions to issue, DRAM, scratch stores to the L2.
+class Traffic(NamedTuple):
+    """Bytes that a block moves to and from DRAM at the least; the weights are left out."""
 
-    Holds for a batch that fills the device. A figure to be confirmed or refuted, not a measurement.
-    """
-    pixels_in, pixels_out = batch * block.size**2, batch * block.out_size**2
-    issue = per_output * pixels_out * block.hidden_channels / (LANES * ISSUE_SHARE)
-    dram = (
-        element_size
-        * (pixels_in * block.in_channels + pixels_out * block.out_channels * (1 + block.residual))
-        / COPY_BYTES
+    fused: int  # x read, y written; for a residual the tile's x is in the caches
+    unfused: int  # as well the hidden tensor, before and after the depthwise convolution, written and read; residual
+
+
+def traffic(block: Block, batch: int, element_size: int = 2) -> Traffic:
+    before, after = batch * block.size**2, batch * block.out_size**2  # pixels
+    fused = before * block.in_channels + after * block.out_channels
+    hidden = 2 * block.hidden_channels * (before * block.expand + after)
+    return Traffic(fused * element_size, (fused + hidden + block.residual * before * block.in_channels) * element_size)
+
+
+class Prediction(NamedTuple):
+    """Microseconds a call takes on an H200, for a batch that fills it. To be confirmed or refuted, not measured."""
+
+    issue_us: float  # issuing the instructions
+    dram_us: float  # x and y, at the rate of a copy
+    scratch_us: float  # the scratch's stores into the L2
+    floor_us: float  # of any unfused implementation: Traffic.unfused at the rate of a copy
+
+    @property
+    def us(self) -> float:
+        """The slowest of the three and a launch."""
+        return max(self[:3]) + LAUNCH_US
+
+
+def predict(block: Block, plan: configs.Plan, per_output: float, batch: int, element_size: int) -> Prediction:
+    outputs = batch * block.out_size**2 * block.hidden_channels
+    scratch = element_size * plan.tiles * plan.in_blocks * plan.tile.in_block * block.hidden_channels
+    fused, unfused = traffic(block, batch, element_size)
+    return Prediction(
+        issue_us=1e6 * per_output * outputs / (LANES * ISSUE_SHARE),
+        dram_us=1e6 * fused / COPY_BYTES,
+        scratch_us=1e6 * scratch / L2_BYTES,
+        floor_us=1e6 * unfused / COPY_BYTES,
     )
-    scratch = element_size * plan.tiles * plan.in_blocks * plan.tile.in_block * block.hidden_channels / L2_BYTES
-    return 1e6 * max(issue, dram, scratch) + LAUNCH_US
 
 
 def figures(
@@ -304,7 +329,7 @@ def figures(
         loads_128=sum(name.startswith("LDG") and ".128" in name for name in names),
         loads_narrow=sum(name.startswith("LDG") and re.search(r"\.[US](8|16)\b", name) is not None for name in names),
         barriers=sum(n for name, n in count.items() if name.startswith("BAR")),
-        per_output=per_output, parts=parts, predicted_us=predict(block, plan, per_output, batch, size),
+        per_output=per_output, parts=parts, prediction=predict(block, plan, per_output, batch, size),
     )  # fmt: skip
 
 
@@ -331,6 +356,27 @@ def score(f: Figures) -> float:
     return f.per_output * hiding + (1000 if f.spills else 0)
 
 
+def markdown(found: Sequence[Figures]) -> str:
+    """One architecture's figures as README.md has them; with a prediction for sm_90."""
+    head = ["block", "tile", "registers", "spills", "shared, B", "resident", "mma", "instr/output", "fused, MB"]
+    hopper = found[0].sm == 90
+    head += ["issue, us", "DRAM, us", "scratch, us", "**predicted, us**", "unfused floor, us"] if hopper else []
+    rows = [head, ["---"] * len(head)]
+    for f in found:
+        block, (in_blocks, images, height, width) = BLOCKS[f.block], f.cut
+        tile = f"{images}x{height}x{width} Q{f.tile.outputs} P{in_blocks}x{f.tile.in_block} CE{f.tile.chunk}"
+        row = [f.block, f"{tile} {f.tile.warps}w", f.registers, f.spills, f.shared, f.resident, f.tensor_core]
+        row += [f"{f.per_output:.1f}", f"{traffic(block, 256).fused / 1e6:.0f}"]
+        p = f.prediction
+        row += [f"{v:.0f}" for v in (*p[:3], p.us, p.floor_us)] if hopper else []
+        rows.append(list(map(str, row)))
+    network = [f.prediction for f in found if f.block in {b.name for b in MOBILENET_V2}]
+    if hopper and len(network) == len(MOBILENET_V2):
+        sums = [sum(values) for values in zip(*((*p[:3], p.us, p.floor_us) for p in network), strict=True)]
+        rows.append(["17 blocks", *[""] * 8, *(f"{v:.0f}" for v in sums)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def _sweep(block: Block, sm: int, dtype: str, tile: Tile) -> Figures | str:
     try:
         return figures(block, sm, dtype, tile=tile)
@@ -344,20 +390,32 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float16", choices=list(TRITON_TYPES))
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--sweep", action="store_true", help="try every candidate tile instead of the chosen one")
+    parser.add_argument("--markdown", action="store_true", help="print tables instead of lines")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), help="all without")
     options = parser.parse_args(None if arguments is None else list(arguments))
+    blocks = [BLOCKS[name] for name in options.blocks or BLOCKS]
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         for sm in options.sm:
-            for name in options.blocks or BLOCKS:
-                block = BLOCKS[name]
-                if options.sweep:
-                    results = list(pool.map(functools.partial(_sweep, block, sm, options.dtype), candidates(block)))
-                    print(*(r for r in results if isinstance(r, str)), sep="\n")
-                    for f in sorted((f for f in results if isinstance(f, Figures)), key=score, reverse=True):
-                        print(f"{score(f):7.1f} {f.row()} columns {f.tile.columns} {f.tile.two_parts}", flush=True)
+            if not options.sweep:
+                compiled = pool.map(functools.partial(_named, sm, options.dtype, options.batch), blocks)
+                if options.markdown:
+                    print(
+                        f"sm_{sm}, {options.dtype}, batch {options.batch}:\n\n{markdown(list(compiled))}\n", flush=True
+                    )
                 else:
-                    print(pool.submit(figures, block, sm, options.dtype, options.batch).result().row(), flush=True)
+                    for f in compiled:
+                        print(f.row(), flush=True)
+                continue
+            for block in blocks:
+                results = list(pool.map(functools.partial(_sweep, block, sm, options.dtype), candidates(block)))
+                print(*(r for r in results if isinstance(r, str)), sep="\n")
+                for f in sorted((f for f in results if isinstance(f, Figures)), key=score, reverse=True):
+                    print(f"{score(f):7.1f} {f.row()} columns {f.tile.columns} {f.tile.two_parts}", flush=True)
+
+
+def _named(sm: int, dtype: str, batch: int, block: Block) -> Figures:
+    return figures(block, sm, dtype, batch)
 
 
 if __name__ == "__main__":
