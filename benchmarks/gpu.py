@@ -24,12 +24,15 @@ therefore what a Python loop gets, launches included. Needs torch >= 2.11 and Tr
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import copy
 import functools
 import importlib.machinery
+import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -278,14 +281,15 @@ def ends(x: Tensor, exact: Callable[[Tensor], Tensor], images: int = 4) -> tuple
     return exact(x[:images].double()), exact(x[-images:].double())
 
 
-def bench_block(report: Report, block: Any, batch: int, dtype: torch.dtype, options: Any, budget: Budget) -> None:
-    from mbv2_kernels.triton import ops
-
+def draw(
+    block: Any, batch: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, list[Tensor | None], tuple[Any, ...]]:
+    """x, the six weights, the op's other arguments; activations reach both edges of a ReLU6."""
     c, i, o, k = block.hidden_channels, block.in_channels, block.out_channels, block.kernel
     torch.manual_seed(0)
 
     def rand(*shape: int, scale: float) -> Tensor:
-        return (torch.randn(shape, device=options.device.name) * scale).to(dtype)
+        return (torch.randn(shape, device=device) * scale).to(dtype)
 
     x = rand(batch, i, block.size, block.size, scale=1.0).contiguous(memory_format=torch.channels_last)
     weights = [
@@ -297,7 +301,44 @@ def bench_block(report: Report, block: Any, batch: int, dtype: torch.dtype, opti
         rand(o, scale=1.0),
     ]
     padding = block.dilation * (k - 1) // 2
-    config = (block.stride, padding, block.dilation, block.activation, block.final_activation, block.residual)
+    return x, weights, (block.stride, padding, block.dilation, block.activation, block.final_activation, block.residual)
+
+
+def compile_kernel(name: str, batch: int, dtype: str, device: str) -> None:
+    """In a process of its own: fills Triton's cache on disk, from which the timed process loads."""
+    from mbv2_kernels.triton import offline, ops
+
+    x, weights, config = draw(offline.BLOCKS[name], batch, DTYPES[dtype], device)
+    ops.inverted_residual(x, *ops.prepare_weights(x.dtype, *weights), *config)
+
+
+def compile_kernels(report: Report, jobs: int, keys: list[tuple[str, int, str, str]], seconds: float) -> None:
+    """All kernels side by side: one after the other they would take minutes of the budget."""
+    begin = time.monotonic()
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    futures = [pool.submit(compile_kernel, *key) for key in keys]
+    done, late = concurrent.futures.wait(futures, timeout=seconds)
+    pool.shutdown(wait=False, cancel_futures=True)
+    if late:  # a compiler that hangs must not be waited for at the end either
+        for process in multiprocessing.active_children():
+            process.kill()
+    failures = [reason(problem) for future in done if (problem := future.exception())]
+    report.set(
+        "compiled",
+        {
+            "seconds": time.monotonic() - begin,
+            "kernels": len(done) - len(failures),
+            "late": len(late),
+            "failures": failures[:5],
+        },
+    )
+
+
+def bench_block(report: Report, block: Any, batch: int, dtype: torch.dtype, options: Any, budget: Budget) -> None:
+    from mbv2_kernels.triton import ops
+
+    c, i, o, k = block.hidden_channels, block.in_channels, block.out_channels, block.kernel
+    x, weights, config = draw(block, batch, dtype, options.device.name)
     prepared = ops.prepare_weights(dtype, *weights)
     unfused = UnfusedBlock(block, weights)
     exact = UnfusedBlock(block, [None if w is None else w.double() for w in weights])
@@ -351,6 +392,8 @@ def run_tests(report: Report, seconds: float) -> None:
     """The GPU tests in a process of their own: a fault there must not take the benchmark with it."""
     test = str(ROOT / "tests" / "test_gpu.py")
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-m", "gpu", "-p", "no:cacheprovider", test]
+    if importlib.util.find_spec("xdist"):  # hundreds of kernels to compile: one process would take all of the budget
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
         try:
@@ -435,6 +478,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--blocks", nargs="*", default=[DISTINCT], help="names of mbv2_kernels.triton.offline.BLOCKS; none: no blocks"
     )
     parser.add_argument("--samples", type=int, default=9)
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile kernels beforehand; 0: none")
     parser.add_argument("--compile-blocks", action="store_true", help="single blocks too, about 20 s each")
     parser.add_argument("--no-compile", dest="compile_network", action="store_false", help="no torch.compile at all")
     parser.add_argument("--no-tests", action="store_true")
@@ -494,6 +538,11 @@ def run_part(options: argparse.Namespace, device: Cuda | None = None) -> None:
     names = options.blocks
     if names == [DISTINCT]:
         names = list({b._replace(name=""): b.name for b in reversed(offline.MOBILENET_V2)}.values())[::-1]
+    if options.jobs:
+        keys = [(block, *key) for key in itertools.product(options.batches, options.dtypes) for block in names]
+        keys = [(*key, options.device.name) for key in keys]
+        seconds = 0.2 * budget.left()
+        report.attempt("kernels", lambda: compile_kernels(report, options.jobs, keys, seconds))
     work: list[tuple[str, Callable[[], None]]] = []
     for batch, name in itertools.product(options.batches, options.dtypes):
         common = batch, DTYPES[name], options, budget

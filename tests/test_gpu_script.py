@@ -30,6 +30,8 @@ from mbv2_kernels.models import mobilenet_v2  # the tests replace it in mbv2.mod
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from test_triton_interpreter import skip_without_interpreter
+
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
 
 
@@ -92,7 +94,7 @@ def load() -> ModuleType:
 
 
 def options(script: ModuleType, out: Path, *more: str) -> argparse.Namespace:
-    return script.arguments(["--out", str(out), "--samples", "2", "--batches", "2", "--no-tests", *more])
+    return script.arguments(["--out", str(out), "--samples", "2", "--batches", "2", "--no-tests", "--jobs", "0", *more])
 
 
 def drive(out: str) -> None:
@@ -106,6 +108,7 @@ def drive(out: str) -> None:
     torch.set_num_threads(1)
     for name, expand in (("tiny", True), ("plain", False)):
         offline.BLOCKS[name] = offline.Block(name, 6, 8, 16 if expand else 8, 8, expand=expand)
+    script.compile_kernel("tiny", 2, "float16", "cpu")
     # bfloat16, which the interpreter refuses, stands for a contestant that fails
     script.run_part(
         options(script, Path(out), "--dtypes", "float16", "bfloat16", "--blocks", "tiny", "plain"), StandIn()
@@ -114,6 +117,7 @@ def drive(out: str) -> None:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    skip_without_interpreter()
     out = tmp_path_factory.mktemp("gpu") / "gpu.json"
     code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(SCRIPT.parent.parent)]}; "
     code += f"import test_gpu_script; test_gpu_script.drive({str(out)!r})"

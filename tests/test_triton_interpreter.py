@@ -14,6 +14,7 @@ import gc
 import importlib.util
 import multiprocessing
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import pytest
@@ -133,8 +134,16 @@ def _available() -> tuple[bool, str]:
     return ops.available()
 
 
+def skip_without_interpreter() -> None:
+    """Triton 3.6's makes an int of a NumPy array of one element and one dimension, which NumPy 2.4 refuses."""
+    triton, numpy = (tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        pytest.skip("Triton 3.6's interpreter does not work with NumPy 2.4 or newer")
+
+
 @pytest.fixture(scope="module")
 def worker() -> Iterator[concurrent.futures.Executor]:
+    skip_without_interpreter()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_set_up) as pool:
         with pytest.MonkeyPatch.context() as patch:

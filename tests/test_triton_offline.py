@@ -3,7 +3,8 @@ shared memory within the device's limit. Compiles for a target, runs nothing; `p
 
 The default set takes about a minute on two cores: every distinct block of MobileNetV2, kernel 5, dilation
 and MobileNetV1 in fp16 on sm_90; a covering choice (each form of the kernel, smallest and largest channels) on sm_80,
-on sm_89, in bf16 and in fp32. MBV2_OFFLINE_ALL=1 compiles all of them on all of sm_80, sm_89 and sm_90.
+on sm_89, in bf16 and in fp32, one block on sm_100 and on sm_120. MBV2_OFFLINE_ALL=1 compiles all of them on all of
+sm_80, sm_89 and sm_90.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ KEYS: list[Key] = [(name, 90, "float16") for name in DISTINCT]
 KEYS += [
     (name, sm, "float16") for sm in (80, 89) for name in (DISTINCT if ALL else COVERING if sm == 80 else COVERING[1:4])
 ]
+KEYS += [("b3", 100, "float16"), ("b3", 120, "float16")]
 KEYS += [("b2", 90, "bfloat16"), ("b15", 80, "bfloat16"), ("b3", 90, "float32"), ("b15", 80, "float32")]
 
 

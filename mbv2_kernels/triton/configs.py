@@ -230,6 +230,11 @@ HOPPER = (  # wgmma: accumulators of 64 rows a warp group
     Row(512, 512, 512, 14, 3, 1, False, Tile(64, 64, 16, 64, 512, 8, 1), "59 instr; sharing the columns: 104"),
     Row(1024, 1024, 1024, 7, 3, 1, False, Tile(64, 64, 16, 32, 512, 8, 1), "112 instr; 32 rows: as many, spills"),
 )
+BLACKWELL = (  # tcgen05: accumulators in tensor memory; the rows of HOPPER that spill there are others
+    Row(24, 144, 24, 56, 3, 1, True, Tile(128, 64, 32, 32, 32, 4, 2), "55 instr; chunks of 16 spill"),
+    Row(64, 384, 64, 14, 3, 1, True, Tile(128, 64, 64, 32, 64, 4, 2), "47 instr; 256 rows spill"),
+    *HOPPER,  # of two rows for one shape the first counts
+)
 AMPERE = (  # mma: 16 rows a warp; both operands of the weights' tile are in registers
     Row(32, 32, 16, 112, 3, 1, False, Tile(128, 64, 16, 16, 32, 4, 4), "43 instr; chunks of 32 spill"),
     Row(16, 96, 24, 56, 3, 2, True, Tile(64, 64, 16, 32, 32, 4, 3), "62 instr; chunks of 16: 76"),
@@ -253,7 +258,7 @@ AMPERE = (  # mma: 16 rows a warp; both operands of the weights' tile are in reg
     Row(1024, 1024, 1024, 7, 3, 1, False, Tile(32, 64, 16, 32, 512, 8, 1), "164 instr; 1024 columns at once spill"),
 )
 # fmt: on
-TUNED = {80: AMPERE, 90: HOPPER, 100: HOPPER, 120: AMPERE}  # by the least capability; 12.x has no wgmma
+TUNED = {80: AMPERE, 90: HOPPER, 100: BLACKWELL, 120: AMPERE}  # by the least capability; 12.x has no wgmma
 
 # Sum of the base-2 logarithms by which channels and pixels differ, up to which a row still says something.
 NEAR = 8.0
