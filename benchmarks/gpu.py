@@ -512,10 +512,13 @@ def supervise(report: Report, budget: Budget, command: list[str]) -> None:
             code = subprocess.run(part, timeout=budget.left()).returncode
         except subprocess.TimeoutExpired:
             code = 124
+        begun = len(report.data["begun"])
         report.reload()
         if code == 0:
             return
         report.skip(report.data["begun"][-1], f"the process ended there with code {code}")
+        if len(report.data["begun"]) == begun:  # it came to nothing new: the next would not either
+            return
 
 
 def run_part(options: argparse.Namespace, device: Cuda | None = None) -> None:

@@ -357,6 +357,7 @@ def test_interleaved_timing_takes_turns() -> None:
         (["bench", "--threads", "two"], "expected a whole number of at least 1, got 'two'"),
         (["bench", "--seconds", "nan"], "expected a number of seconds above 0, got 'nan'"),
         (["bench", "--frob"], "unrecognized arguments: --frob"),
+        (["bench", "--graph"], "--graph is for CUDA graphs: it needs --device cuda"),
         (["verify", "--model", "mobilenet_v2"], "model must be builtin:NAME, torchvision:NAME or timm:NAME"),
         (["verify", "--model", "builtin:mobilenet"], "unknown model 'builtin:mobilenet'; near: builtin:mobilenet_v"),
         (["verify", "--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),

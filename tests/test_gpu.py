@@ -305,7 +305,8 @@ def test_export() -> None:
     fused = mbv2.fuse(copy.deepcopy(model).half())
     exported = torch.export.export(fused, (x,)).module()
     _same_answer(exported, model, x)
-    assert torch.equal(exported(x), fused(x))
+    calls = [node for node in exported.graph.nodes if node.target is torch.ops.mbv2.inverted_residual_bn.default]
+    assert len(calls) == 17
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
@@ -331,7 +332,7 @@ def test_default_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         mbv2.set_backend("auto")
         fused = mbv2.fuse(copy.deepcopy(model))
         fused(x)
-        assert {row.backend for row in mbv2.summary(fused)} == {backend}
+        assert {row.backend for row in mbv2.summary(fused) if row.fused} == {backend}
 
 
 @torch.no_grad()

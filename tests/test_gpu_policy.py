@@ -21,7 +21,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 import mbv2_kernels as mbv2
-from mbv2_kernels import backends, fold
+from mbv2_kernels import backends, cli, fold
+from mbv2_kernels._bench import cuda
 from mbv2_kernels.fold import NO_EPS, BlockTensors, FoldedWeights, Run
 from mbv2_kernels.triton import configs
 
@@ -111,6 +112,33 @@ def test_status_says_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton.reason.count("9.0") == 1
     monkeypatch.setattr(configs, "CHECKED", {90: "a card, versions, a date"})
     assert mbv2.status().backends[1].reason == "NVIDIA H100"
+
+
+def test_the_command_line_opts_in_and_says_so(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """verify and bench check every result, so they are how to try a GPU on which nothing was checked."""
+    note = cli._prepare_cuda(HOPPER, torch.float16)
+    assert backends.get_backend() == "triton" and "not this GPU's default" in note and "TF32" not in note
+    mbv2.set_backend("auto")
+    monkeypatch.setattr(configs, "CHECKED", {90: "a card, versions, a date"})
+    precision = torch.backends.cudnn.conv.fp32_precision
+    try:
+        assert cli._prepare_cuda(HOPPER, torch.float32) == "; TF32 off"
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = precision
+
+
+def test_contestants_on_a_gpu() -> None:
+    arguments = cli._parser().parse_args(["bench", "--device", "cuda", "--graph"])
+    blocks, network = cli._peers(arguments, HOPPER)
+    assert [peer.name for peer in blocks] == ["fused", "folded channels_last", "folded, native depthwise", "eager"]
+    assert [peer.name for peer in network[4:]] == ["torch.compile max-autotune"]
+    assert all(isinstance(peer, cuda.Graphed) for peer in blocks + network)
+    assert [peer.ours for peer in network] == [True, False, False, False, False]
+    arguments = cli._parser().parse_args(["bench", "--no-compile"])
+    assert [peer.name for peer in cli._peers(arguments, torch.device("cpu"))[1]] == [
+        "fused", "folded channels_last", "eager",
+    ]  # fmt: skip
 
 
 # the weights that a CUDA graph reads

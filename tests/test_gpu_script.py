@@ -211,6 +211,18 @@ def test_a_lost_context_ends_the_process_and_the_next_goes_on(tmp_path: Path, mo
     assert all(s["what"] == "b2 2 float16" for s in report.data["skipped"])
 
 
+def test_a_process_that_comes_to_nothing_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, starts = load(), []
+    monkeypatch.setattr(
+        script.subprocess, "run", lambda command, **_: starts.append(command) or subprocess.CompletedProcess(command, 1)
+    )
+    report = script.Report(tmp_path / "gpu.json")
+    report.attempt("build", lambda: None)
+    script.supervise(report, script.Budget(60), ["again"])
+    assert len(starts) == 1
+    assert report.data["skipped"] == [{"what": "build", "why": "the process ended there with code 1"}]
+
+
 def test_a_spent_budget_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, out = load(), tmp_path / "gpu.json"
     monkeypatch.setattr(script, "header", lambda device: {})
