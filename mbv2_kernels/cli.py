@@ -145,7 +145,7 @@ def _prepare_cuda(device: torch.device, dtype: torch.dtype) -> str:
             note += f'; backend "triton", which is not this GPU\'s default: {reason}'
         set_backend("triton")
     if dtype is torch.float32:
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        torch.backends.cudnn.allow_tf32 = False
         note += "; TF32 off"
     return note
 

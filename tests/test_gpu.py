@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mbv2_kernels as mbv2
 from mbv2_kernels import reference
+from mbv2_kernels._bench.cuda import without_cudnn
 from mbv2_kernels.triton.offline import BLOCKS, MOBILENET_V2, OTHERS, Block
 
 if not torch.cuda.is_available():
@@ -41,10 +42,10 @@ def _triton() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_tf32() -> Iterator[None]:
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def _draw(
@@ -73,7 +74,7 @@ def _draw(
 def _exact(tensors: tuple[Tensor | None, ...], config: tuple[Any, ...]) -> Tensor:
     x, *weights = (None if t is None else t.double() for t in tensors)
     stride, padding, dilation, activation, final_activation, residual = config
-    with torch.backends.cudnn.flags(enabled=False):
+    with without_cudnn():
         return reference.inverted_residual(
             x, *weights, stride=stride, padding="same" if padding == -1 else padding, dilation=dilation,
             activation=activation, final_activation=final_activation, residual=residual,
@@ -110,9 +111,9 @@ def test_every_branch(name: str, dtype: torch.dtype) -> None:
 def test_tf32_follows_the_switch() -> None:
     tensors, config = _draw(BLOCKS["b12"], 4, torch.float32)
     want = _exact(tensors, config)
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True
     assert 2e-6 < _error(OP(*tensors, *config), want) < 2e-3
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
     assert _error(OP(*tensors, *config), want) < 2e-6
 
 

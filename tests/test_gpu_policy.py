@@ -120,12 +120,24 @@ def test_the_command_line_opts_in_and_says_so(hopper: None, monkeypatch: pytest.
     assert backends.get_backend() == "triton" and "not this GPU's default" in note and "TF32" not in note
     mbv2.set_backend("auto")
     monkeypatch.setattr(configs, "CHECKED", {90: "a card, versions, a date"})
-    precision = torch.backends.cudnn.conv.fp32_precision
+    before = torch.backends.cudnn.allow_tf32
     try:
         assert cli._prepare_cuda(HOPPER, torch.float32) == "; TF32 off"
-        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert not torch.backends.cudnn.allow_tf32
     finally:
-        torch.backends.cudnn.conv.fp32_precision = precision
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_native_depthwise_after_tf32_was_switched_for_convolutions_alone() -> None:
+    """torch's own `cudnn.flags` raises then, in every contestant and every reference."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        with cuda.without_cudnn():
+            assert not torch.backends.cudnn.enabled
+        assert torch.backends.cudnn.enabled
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def test_contestants_on_a_gpu() -> None:

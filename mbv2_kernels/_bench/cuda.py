@@ -125,6 +125,17 @@ def depthwise(kernel: str) -> Iterator[None]:
         torch._C._set_cudnn_depthwise_kernel(before)
 
 
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """`torch.backends.cudnn.flags(enabled=False)` raises where TF32 was switched for convolutions alone."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
 class NativeDepthwise(nn.Module):
     """A depthwise convolution by torch's own kernel, in every torch: by the switch, or with cuDNN off around it."""
 
@@ -133,7 +144,7 @@ class NativeDepthwise(nn.Module):
         self.conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
-        with depthwise("native") if HAS_DEPTHWISE_SWITCH else torch.backends.cudnn.flags(enabled=False):
+        with depthwise("native") if HAS_DEPTHWISE_SWITCH else without_cudnn():
             return self.conv(x)
 
 
