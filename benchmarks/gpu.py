@@ -24,6 +24,7 @@ therefore what a Python loop gets, launches included. Needs torch >= 2.11 and Tr
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -406,7 +407,7 @@ def run_tests(report: Report, seconds: float) -> None:
     report.set("tests", {"exit": code, "seconds": time.monotonic() - begin, **counts, "output": text[-20000:]})
     print(f"GPU tests: exit {code} {counts}\n" + "\n".join(re.findall(r"^(?:FAILED|ERROR).*", text, re.M)), flush=True)
     if code == 0 and counts.get("passed"):
-        machine = report.data["machine"]
+        machine = collections.defaultdict(lambda: "?", report.data.get("machine", {}))
         words = f"{machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, {machine['date']}"
         row = f'    {machine["capability"].replace(".", "")}: "{words}",'
         print(f"to make Triton the default there, add to CHECKED in mbv2_kernels/triton/configs.py:\n{row}", flush=True)
@@ -532,8 +533,8 @@ def run_part(options: argparse.Namespace, device: Cuda | None = None) -> None:
     options.device = device or Cuda()
     set_backend("triton")  # also on a GPU that is not in configs.CHECKED: every result is checked before it is timed
     torch.backends.cudnn.benchmark = True
-    report.set("machine", header(options.device))
-    print(json.dumps(report.data["machine"]), flush=True)
+    report.attempt("machine", lambda: report.set("machine", header(options.device)))
+    print(json.dumps(report.data.get("machine")), flush=True)
     if not options.no_tests:
         report.attempt("tests", lambda: run_tests(report, min(200.0, 0.4 * budget.left())))
     report.attempt("ceilings", lambda: report.set("ceilings", ceilings(options.device)))

@@ -131,7 +131,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], st
 
 def test_every_contestant_is_checked_and_timed(result: tuple[dict[str, Any], str]) -> None:
     data, printed = result
-    assert data["skipped"] == []
+    assert data["skipped"] == [] and data["begun"][:2] == ["machine", "ceilings"]
     assert data["machine"]["gpu"] == "stand-in" and data["machine"]["torch"] == torch.__version__
     assert all(data["ceilings"][name] > 0 for name in ("copy_gb_s", "matmul_float16_tflop_s"))
     networks = [r for r in data["network"] if r["dtype"] == "float16"]
@@ -221,6 +221,27 @@ def test_a_process_that_comes_to_nothing_is_not_started_again(tmp_path: Path, mo
     script.supervise(report, script.Budget(60), ["again"])
     assert len(starts) == 1
     assert report.data["skipped"] == [{"what": "build", "why": "the process ended there with code 1"}]
+
+
+@pytest.mark.parametrize(("output", "code"), [("12 passed, 1 skipped in 3.21s", 0), ("FAILED a::b - c\n1 failed", 1)])
+def test_only_green_gpu_tests_give_a_line_for_the_table(
+    output: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load()
+
+    def run(command: list[str], stdout: Any, **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[-1].endswith("test_gpu.py")
+        stdout.write(output)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    report = script.Report(tmp_path / "gpu.json")
+    report.set("machine", {"gpu": "a card", "capability": "9.0", "torch": "2", "triton": "3", "date": "today"})
+    script.run_tests(report, 10)
+    printed = capsys.readouterr().out
+    assert report.data["tests"]["exit"] == code and report.data["tests"]["output"] == output
+    assert ('90: "a card, torch 2, Triton 3, today",' in printed) == (code == 0)
+    assert ("FAILED a::b" in printed) == (code == 1)
 
 
 def test_a_spent_budget_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
