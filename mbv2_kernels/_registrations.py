@@ -1,8 +1,9 @@
 """The torch ops of namespace mbv2, as torch sees them: schemas, fakes, autograd, autocast.
 
-Three ops are C++ (csrc/ops.cpp, CPU): `inverted_residual`, `pack_inverted_residual`, `inverted_residual_packed`. Two
-are defined here: `inverted_residual_bn`, the block with its BatchNorms unfolded, and `inverted_residual_backward`. The
-packed op is for inference: it has no gradient.
+C++ (csrc/ops.cpp, CPU): `inverted_residual`, `pack_inverted_residual`, `inverted_residual_packed`, and for the dense
+layers around the blocks `conv_act`, `pack_conv`, `conv_act_packed`. Defined here: `inverted_residual_bn` and
+`conv_bn_act`, the same with their BatchNorms unfolded, and `inverted_residual_backward`. The packed ops and `conv_act`
+are for inference: they have no gradient.
 
 What torch.compile looks through (the backward formulas) is made of plain operations around opaque ops.
 """
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .backends import BlockConfig
-from .fold import BlockTensors, fold, fold_layer_backward
+from .backends import BlockConfig, LayerConfig
+from .fold import BlockTensors, Layer, fold, fold_layer, fold_layer_backward
 
 _LIBRARY = torch.library.Library(
     "mbv2", "FRAGMENT"
@@ -32,6 +33,8 @@ _BLOCK_TENSORS = ", ".join(
 )
 _N_BLOCK = len(BlockTensors._fields)
 _N_CONFIG = len(BlockConfig._fields)
+_LAYER = "Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var"
+_N_LAYER = len(Layer._fields)
 
 _LIBRARY.define(
     f"inverted_residual_bn(Tensor x, {_BLOCK_TENSORS}, float[] eps, {_CONFIG}) -> Tensor",
@@ -40,6 +43,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     f"inverted_residual_backward(Tensor grad, Tensor x, {_WEIGHTS}, {_CONFIG}, bool[7] needs)"
     f" -> ({', '.join(['Tensor'] * 7)})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    f"conv_bn_act(Tensor x, {_LAYER}, float eps, int stride, int padding, str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -57,6 +64,10 @@ def _inverted_residual_bn(x: Tensor, *args: Any) -> Tensor:
     return backends.run_block(x, tensors, tuple(eps), BlockConfig(*config))
 
 
+def _conv_bn_act(x: Tensor, *args: Any) -> Tensor:
+    return backends.run_layer(x, Layer(*args[:_N_LAYER]), args[_N_LAYER], LayerConfig(*args[_N_LAYER + 1 :]))
+
+
 def _inverted_residual_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     weights, config, needs = args[:6], BlockConfig(*args[6:-1]), args[-1]
     grads = reference.inverted_residual_backward(grad, x, *weights, **config._asdict(), needs=tuple(needs))
@@ -69,6 +80,7 @@ def _inverted_residual_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Te
 
 _LIBRARY.impl("inverted_residual_bn", _inverted_residual_bn, "CompositeExplicitAutograd")
 _LIBRARY.impl("inverted_residual_backward", _inverted_residual_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("conv_bn_act", _conv_bn_act, "CompositeExplicitAutograd")
 _LIBRARY.impl("inverted_residual", backends.inverted_residual_triton, "CUDA")
 
 
@@ -122,6 +134,12 @@ def _(
 @torch.library.register_fake("mbv2::pack_conv", lib=_LIBRARY)
 def _(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
+
+
+@torch.library.register_fake("mbv2::conv_bn_act", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    stride, padding, _ = args[_N_LAYER:]
+    return _fake_conv(x, weight.shape[0], weight.shape[-1], stride, padding)
 
 
 @torch.library.register_fake("mbv2::inverted_residual_bn", lib=_LIBRARY)
@@ -190,6 +208,24 @@ def _backward_bn(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, *(None,) * (1 + _N_CONFIG)
 
 
+def _setup_context_layer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[: 1 + _N_LAYER])
+    ctx.eps = inputs[1 + _N_LAYER]
+    ctx.config = LayerConfig(*inputs[2 + _N_LAYER :])
+
+
+def _backward_layer(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *tensors = ctx.saved_tensors
+    layer = Layer(*tensors)
+    need_x, weight, bias, gamma, beta, *_ = ctx.needs_input_grad
+    folded_needs = (need_x, weight or gamma, bias or gamma or beta)
+    grad_x, grad_weight, grad_bias = reference.conv_act_backward(
+        grad, x, *fold_layer(layer, ctx.eps), **ctx.config._asdict(), needs=folded_needs
+    )
+    grads = fold_layer_backward(grad_weight, grad_bias, layer, ctx.eps, (weight, bias, gamma, beta))
+    return grad_x, *grads, None, None, *(None,) * (1 + len(ctx.config))
+
+
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
         "mbv2_kernels: a fused block is differentiable once; for a gradient of its gradient run the block unfused "
@@ -201,6 +237,7 @@ torch.library.register_autograd("mbv2::inverted_residual", backward, setup_conte
 torch.library.register_autograd(
     "mbv2::inverted_residual_bn", _backward_bn, setup_context=_setup_context_bn, lib=_LIBRARY
 )
+torch.library.register_autograd("mbv2::conv_bn_act", _backward_layer, setup_context=_setup_context_layer, lib=_LIBRARY)
 torch.library.register_autograd("mbv2::inverted_residual_backward", _no_double_backward, lib=_LIBRARY)
 
 
@@ -219,18 +256,17 @@ def _autocast(op: Callable[..., Tensor], device_type: str, convolutions: Sequenc
     A residual is added to the x that came: float32 + bfloat16 is float32, as in the unfused block.
     """
 
-    def kernel(x: Tensor, *args: Any) -> Tensor:
-        *rest, residual = args
-        dtype = torch.get_autocast_dtype(device_type)
+    def kernel(x: Tensor, *given: Any) -> Tensor:
+        args, dtype = list(given), torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             if x.dtype is torch.float64:
                 return op(x, *args)
             for i in convolutions:
-                if rest[i] is not None and rest[i].dtype not in (torch.float32, torch.float64):
-                    rest[i] = rest[i].to(dtype)
-            if residual and x.dtype is not dtype:
-                return op(x.to(dtype), *rest, False) + x
-            return op(x.to(dtype), *rest, residual)
+                if args[i] is not None and args[i].dtype not in (torch.float32, torch.float64):
+                    args[i] = args[i].to(dtype)
+            if args[-1] is True and x.dtype is not dtype:  # a block's last argument is `residual`
+                return op(x.to(dtype), *args[:-1], False) + x
+            return op(x.to(dtype), *args)
 
     return kernel
 
@@ -248,6 +284,9 @@ for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         ("inverted_residual", range(6)),
         ("inverted_residual_bn", (0, 1, 6, 7, 12, 13)),
         ("inverted_residual_packed", ()),
+        ("conv_act", (0, 1)),
+        ("conv_act_packed", ()),
+        ("conv_bn_act", (0, 1)),
     ):
         _LIBRARY.impl(_name, _autocast(getattr(_ops, _name).default, _device_type, _convolutions), _key)
     _LIBRARY.impl("inverted_residual_backward", _without_autocast(_ops.inverted_residual_backward.default), _key)

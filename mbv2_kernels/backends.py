@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
-from .fold import BlockTensors, Eps, FoldedWeights, Run, fold, memo
+from .fold import BlockTensors, Eps, FoldedWeights, Layer, Run, fold, fold_layer, memo
 from .triton import configs
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
@@ -31,6 +31,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _PACK = torch.ops.mbv2.pack_inverted_residual.default
 _RUN_PACKED = torch.ops.mbv2.inverted_residual_packed.default
+_PACK_LAYER = torch.ops.mbv2.pack_conv.default
+_RUN_PACKED_LAYER = torch.ops.mbv2.conv_act_packed.default
 
 _logger = logging.getLogger("mbv2_kernels")
 _backend = "auto"
@@ -49,6 +51,14 @@ class BlockConfig(NamedTuple):
     activation: str
     final_activation: str
     residual: bool
+
+
+class LayerConfig(NamedTuple):
+    """What a dense convolution with its activation is apart from its tensors, in the order of the ops."""
+
+    stride: int
+    padding: int
+    activation: str
 
 
 def set_backend(name: str) -> None:
@@ -91,6 +101,21 @@ def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -
     memo.note(tensors, _REFERENCE)
     weights = fold(tensors, eps)  # anew in every call: gradcheck edits its inputs in ways no memo can notice
     y = reference.inverted_residual(x, *weights, **config._asdict())
+    return dense(y, torch.channels_last)
+
+
+def run_layer(x: Tensor, layer: Layer, eps: float, config: LayerConfig) -> Tensor:
+    """Runs a dense convolution with its BatchNorm and activation: the kernel of the op `mbv2::conv_bn_act`.
+
+    x [N, Cin, H, W]; returns [N, Cout, Ho, Wo] in x's dtype, channels_last. There is a kernel for CPUs only.
+    """
+    if layer.weight.dtype is not x.dtype or layer.weight.device != x.device:
+        _check_weights(x, layer.weight)
+    if x.is_cpu and (_backend == "auto" or _backend == "cpu") and x.dtype in KERNEL_DTYPES:
+        packed_and_dims = memo.get(layer, eps, _cpu_run(_C.active_tier()), _pack_layer)
+        return _RUN_PACKED_LAYER(x, *packed_and_dims, *config)
+    memo.note(layer, _REFERENCE)
+    y = reference.conv_act(x, *fold_layer(layer, eps), **config._asdict())
     return dense(y, torch.channels_last)
 
 
@@ -137,6 +162,12 @@ def _pack(folded: FoldedWeights) -> tuple[Tensor, int, int, int, bool]:
     """The packed weights, and what the op takes beside them: hidden and output channels, kernel size, expand."""
     hidden_channels, _, _, kernel_size = folded.w_depthwise.shape
     return _PACK(*folded), hidden_channels, folded.w_project.shape[0], kernel_size, folded.w_expand is not None
+
+
+def _pack_layer(folded: tuple[Tensor, Tensor | None]) -> tuple[Tensor, int, int]:
+    """The packed weights, output channels, kernel size."""
+    out_channels, _, _, kernel_size = folded[0].shape
+    return _PACK_LAYER(*folded), out_channels, kernel_size
 
 
 def _check_weights(x: Tensor, weight: Tensor) -> None:

@@ -1,9 +1,10 @@
 """BatchNorm folding, and the memo that keeps folded and packed weights until a parameter or buffer changes.
 
-An inverted residual block in eval mode is a pure function of its input and of up to 18 tensors (`BlockTensors`). What
-is derived from those 18 alone, the folded weights and from them the packed ones, is memoised here, in one process-wide
-`memo`. Eager calls and the op `mbv2::inverted_residual_bn` (so torch.compile and torch.export too) look it up at run
-time, which is where staleness is noticed.
+An inverted residual block in eval mode is a pure function of its input and of up to 18 tensors (`BlockTensors`), a
+convolution with its BatchNorm of up to six (`Layer`). What is derived from those alone, the folded weights and from
+them the packed ones, is memoised here, in one process-wide `memo`. Eager calls and the ops `mbv2::inverted_residual_bn`
+and `mbv2::conv_bn_act` (so torch.compile and torch.export too) look it up at run time, which is where staleness is
+noticed.
 
 When a memoised value is used again: every tensor has the same memory, the same version counter, the same strides, and
 eps is the same. So an optimizer step, `load_state_dict`, an in-place edit, `.to()` or a replaced parameter are noticed.
@@ -45,6 +46,14 @@ class Layer(NamedTuple):
     mean: Tensor | None
     var: Tensor | None
 
+    def weights(self) -> tuple[Tensor, ...]:
+        """The convolution's weight."""
+        return (self.weight,)
+
+    def folded(self, eps: float) -> tuple[Tensor, Tensor | None]:
+        """`fold_layer`."""
+        return fold_layer(self, eps)
+
 
 class BlockTensors(NamedTuple):
     """The tensors of one block, in the order of the op `mbv2::inverted_residual_bn`.
@@ -85,6 +94,15 @@ class BlockTensors(NamedTuple):
         expand = None if self.expand_weight is None else Layer(self.expand_weight, *self[1:6])
         return expand, Layer(*self[6:12]), Layer(*self[12:18])
 
+    def weights(self) -> tuple[Tensor, ...]:
+        """The convolutions' weights."""
+        present = (self.expand_weight, self.depthwise_weight, self.project_weight)
+        return tuple(weight for weight in present if weight is not None)
+
+    def folded(self, eps: Eps) -> FoldedWeights:
+        """`fold`."""
+        return fold(self, eps)
+
 
 class FoldedWeights(NamedTuple):
     """The six weights of the functional form, in torch's convolution shapes."""
@@ -98,6 +116,9 @@ class FoldedWeights(NamedTuple):
 
 
 Eps = tuple[float, float, float]
+
+#: What `memo` keeps values for. The eps that goes with a Layer is one float, with a block three.
+Tensors = BlockTensors | Layer
 
 #: For blocks without BatchNorm.
 NO_EPS: Eps = (0.0, 0.0, 0.0)
@@ -128,11 +149,11 @@ def fold_layer(layer: Layer, eps: float) -> tuple[Tensor, Tensor | None]:
 
 
 def fold_layer_backward(
-    grad_weight: Tensor, grad_bias: Tensor, layer: Layer, eps: float, needs: Sequence[bool]
+    grad_weight: Any, grad_bias: Any, layer: Layer, eps: float, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """`fold_layer` backwards: from the folded weight's and bias' gradients to those of weight, bias, gamma and beta.
 
-    None where `needs` is False. A gradient that nothing needs may come as an empty tensor: it is not touched.
+    None where `needs` is False. A gradient that nothing needs may come as an empty tensor or None: it is not touched.
     """
     weight, bias, gamma, beta, mean, var = layer
     need_weight, need_bias, need_gamma, need_beta = needs
@@ -207,7 +228,7 @@ _Watch = list[weakref.ref[torch.UntypedStorage]]
 
 
 class _Record:
-    """What is kept for one block: valid while `stamp` matches, one value for each `Run` seen."""
+    """What is kept for one block or layer: valid while `stamp` matches, one value for each `Run` seen."""
 
     __slots__ = ("last_run", "stamp", "storages", "values")
 
@@ -219,7 +240,7 @@ class _Record:
 
 
 class Memo:
-    """Values derived from a block's tensors, kept as long as all their storages live and none has changed.
+    """Values derived from a block's (or layer's) tensors, kept as long as all their storages live and none has changed.
 
     Keyed by the tensors' addresses. An address proves nothing once its storage is gone, so every record holds weak
     references to the storages and is removed when the first of them dies: what is found here is always made from
@@ -237,8 +258,8 @@ class Memo:
     def __len__(self) -> int:
         return len(self._records)
 
-    def get(self, tensors: BlockTensors, eps: Eps, run: Run, build: Callable[[FoldedWeights], Any]) -> Any:
-        """`build(fold(tensors, eps))`, made once for each `run` until a tensor changes."""
+    def get(self, tensors: Tensors, eps: Any, run: Run, build: Callable[[Any], Any]) -> Any:
+        """`build(tensors.folded(eps))`, made once for each `run` until a tensor changes."""
         present = [t for t in tensors if t is not None]
         key = tuple(map(_address_of, present))
         record = self._records.get(key)
@@ -252,7 +273,7 @@ class Memo:
                 pass
         return self._miss(key, present, tensors, eps, run, build)
 
-    def note(self, tensors: BlockTensors, run: Run) -> None:
+    def note(self, tensors: Tensors, run: Run) -> None:
         """Records that `run` ran the block, without keeping anything."""
         present = [t for t in tensors if t is not None]
         key = tuple(map(_address_of, present))
@@ -261,7 +282,7 @@ class Memo:
             record = self._records[key] = _Record(None, self._watch(key, present, self._records))
         record.last_run = run
 
-    def keep(self, tensors: BlockTensors, value: Any) -> None:
+    def keep(self, tensors: Tensors, value: Any) -> None:
         """Keeps `value` as long as the tensors' memory lives, even if they change: a graph being captured reads it.
 
         Only if it is the memo's own. What was built during the capture belongs to the graph.
@@ -278,12 +299,12 @@ class Memo:
             if all(value is not kept for kept in values):
                 values.append(value)
 
-    def last_run(self, tensors: BlockTensors) -> tuple[str, str | None] | None:
+    def last_run(self, tensors: Tensors) -> tuple[str, str | None] | None:
         """Backend and tier that last ran the block of these tensors; None if none has, since they changed place."""
         record = self._records.get(_key(tensors))
         return None if record is None or record.last_run is None else record.last_run[:2]
 
-    def forget(self, tensors: BlockTensors) -> None:
+    def forget(self, tensors: Tensors) -> None:
         """Drops what is kept for these tensors: call it when they change in a way no version counter shows."""
         self._records.pop(_key(tensors), None)
 
@@ -295,10 +316,10 @@ class Memo:
         self,
         key: tuple[int, ...],
         present: list[Tensor],
-        tensors: BlockTensors,
-        eps: Eps,
+        tensors: Tensors,
+        eps: Any,
         run: Run,
-        build: Callable[[FoldedWeights], Any],
+        build: Callable[[Any], Any],
     ) -> Any:
         with self._lock:
             try:
@@ -310,7 +331,7 @@ class Memo:
                 record = _Record(stamp, self._watch(key, present, self._records))
             elif run in record.values:  # another thread was faster
                 return record.values[run]
-            if not tensors.depthwise_weight.is_cuda:
+            if not present[0].is_cuda:
                 value = _build(tensors, eps, build)
             elif torch.cuda.is_current_stream_capturing():
                 self.note(tensors, run)
@@ -322,13 +343,13 @@ class Memo:
             self._records[key] = record
             return value
 
-    def _build_untracked(self, tensors: BlockTensors, eps: Eps, run: Run, build: Callable[[FoldedWeights], Any]) -> Any:
+    def _build_untracked(self, tensors: Tensors, eps: Any, run: Run, build: Callable[[Any], Any]) -> Any:
         """For inference tensors: without a version counter there is nothing to tell that a kept value is stale."""
         if not self._warned_inference:
             self._warned_inference = True
             _logger.warning(
-                "a fused block has parameters made in torch.inference_mode(): they carry no version counter, so their "
-                "weights are folded and packed again in every call; make or load the model outside inference_mode"
+                "a fused block or layer has parameters made in torch.inference_mode(): they carry no version counter, "
+                "so its weights are folded and packed in every call; make or load the model outside inference_mode"
             )
         self.note(tensors, run)
         return _build(tensors, eps, build)
@@ -347,18 +368,18 @@ class Memo:
         return [weakref.ref(t.untyped_storage(), remove) for t in present]
 
 
-def _build(tensors: BlockTensors, eps: Eps, build: Callable[[FoldedWeights], Any]) -> Any:
+def _build(tensors: Tensors, eps: Any, build: Callable[[Any], Any]) -> Any:
     with torch.no_grad():
-        return build(fold(tensors, eps))
+        return build(tensors.folded(eps))
 
 
-def _build_outside_graphs(tensors: BlockTensors, eps: Eps, build: Callable[[FoldedWeights], Any]) -> Any:
+def _build_outside_graphs(tensors: Tensors, eps: Any, build: Callable[[Any], Any]) -> Any:
     """`_build` on a GPU, finished when it returns (other streams will read it), in torch's ordinary memory.
 
     In a thread of its own: torch.compile's CUDA graphs warm up with the memory of the calling thread coming from the
     graph's pool, and refuse a model that keeps some of it.
     """
-    device = tensors.depthwise_weight.device
+    device = tensors.weights()[0].device
     stream = torch.cuda.current_stream(device)
 
     def in_thread() -> Any:
@@ -376,17 +397,13 @@ _address_of = torch.Tensor.data_ptr
 _version_of = operator.attrgetter("_version")
 
 
-def _key(tensors: BlockTensors) -> tuple[int, ...]:
+def _key(tensors: Tensors) -> tuple[int, ...]:
     return tuple(map(_address_of, [t for t in tensors if t is not None]))
 
 
-def _stamp(present: list[Tensor], tensors: BlockTensors, eps: Eps) -> tuple[Any, ...]:
+def _stamp(present: list[Tensor], tensors: Tensors, eps: Any) -> tuple[Any, ...]:
     """What changes when a tensor is edited in place or viewed differently. RuntimeError for inference tensors."""
-    expand, depthwise, project = tensors.expand_weight, tensors.depthwise_weight, tensors.project_weight
-    views: tuple[Any, ...] = (depthwise.shape, depthwise.stride(), project.shape, project.stride())
-    if expand is not None:
-        views += (expand.shape, expand.stride())
-    return eps, views, list(map(_version_of, present))
+    return eps, [(weight.shape, weight.stride()) for weight in tensors.weights()], list(map(_version_of, present))
 
 
 #: The process-wide memo.

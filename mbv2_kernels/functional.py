@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 
 from . import _registrations, reference
 from . import backends as _backends
-from .backends import KERNEL_DTYPES, BlockConfig, get_backend, set_backend
-from .fold import NO_EPS, BlockTensors, Eps, FoldedWeights, check_shapes, fold
+from .backends import KERNEL_DTYPES, BlockConfig, LayerConfig, get_backend, set_backend
+from .fold import NO_EPS, BlockTensors, Eps, FoldedWeights, Layer, Tensors, check_shapes, fold, fold_layer
 
 __all__ = [
     "BlockConfig",
@@ -20,10 +20,12 @@ __all__ = [
     "get_backend",
     "inverted_residual",
     "run_block",
+    "run_layer",
     "set_backend",
 ]
 
 _OP = torch.ops.mbv2.inverted_residual_bn.default
+_LAYER_OP = torch.ops.mbv2.conv_bn_act.default
 
 
 def inverted_residual(
@@ -97,18 +99,37 @@ def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -
     """
     if torch.compiler.is_compiling():
         return _OP(x, *tensors, eps, *config)
-    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
-        # Forward-mode derivatives and torch.func: the ops know neither, and would drop a tangent without a word.
+    if _differentiated_forward():
         return reference.inverted_residual(x, *fold(tensors, eps), **config._asdict())
-    if (
+    if _needs_op(x, tensors):
+        return _OP(x, *tensors, eps, *config)
+    return _backends.run_block(x, tensors, eps, config)
+
+
+def run_layer(x: Tensor, layer: Layer, eps: float, config: LayerConfig) -> Tensor:
+    """A dense convolution with its BatchNorm in eval mode and its activation (stem, head), as `run_block`."""
+    if torch.compiler.is_compiling():
+        return _LAYER_OP(x, *layer, eps, *config)
+    if _differentiated_forward():
+        return reference.conv_act(x, *fold_layer(layer, eps), **config._asdict())
+    if _needs_op(x, layer):
+        return _LAYER_OP(x, *layer, eps, *config)
+    return _backends.run_layer(x, layer, eps, config)
+
+
+def _differentiated_forward() -> bool:
+    """Forward-mode derivatives and torch.func: the ops know neither, and would drop a tangent without a word."""
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
+def _needs_op(x: Tensor, tensors: Tensors) -> bool:
+    return (
         type(x) is not Tensor
         or not (x.is_cpu or x.is_cuda)
         or (torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)))
         or torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
         or torch._C._get_tracing_state() is not None  # torch.jit.trace: packed weights are no constants to keep
-    ):
-        return _OP(x, *tensors, eps, *config)
-    return _backends.run_block(x, tensors, eps, config)
+    )
 
 
 class InvertedResidualFunction(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What stands in for the `forward` of a fused block.
+"""What stands in for the `forward` of a fused block, stem or head.
 
 `fuse` sets it as an attribute of the block: `block.forward = FusedForward(...)`. Class, path, submodules, parameters
 and `state_dict` of the block stay as they are, hooks on the block itself fire as before, and deleting the attribute is
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import UNCHECKED, get_backend, unchecked_gpu
-from .fold import BlockTensors, memo
-from .functional import run_block
+from .fold import BlockTensors, Layer, memo
+from .functional import run_block, run_layer
 
 if TYPE_CHECKING:
-    from .recognise import BlockStructure, ConvNorm
+    from .recognise import ConvNorm, LayerStructure, Structure
 
 _logger = logging.getLogger("mbv2_kernels")
 
@@ -40,15 +40,15 @@ class FusedForward:
     Picklable and copyable together with its block (it refers to the block and to its submodules).
     """
 
-    def __init__(self, structure: BlockStructure, path: str = "") -> None:
-        block = structure.block
-        self.block = block
+    def __init__(self, structure: Structure, path: str = "") -> None:
+        self.block = structure.block
         self.path = path
-        self.config = structure.config
-        self.layers = structure.layers
+        self.kind = structure.kind
+        self.config: Any = structure.config
+        self.layers: tuple[ConvNorm | None, ...] = structure.layers
         self.drops = structure.drops
         self.eval_only = structure.eval_only
-        self.in_channels = (structure.expand or structure.depthwise).conv.in_channels
+        self.in_channels = structure.in_channels
         self.norms = tuple(layer.norm for layer in self.layers if layer is not None and layer.norm is not None)
         self.watched = tuple(_watched_modules(structure))
         self.batches_seen: list[int] = []
@@ -60,12 +60,12 @@ class FusedForward:
         reason = self.refusal() or self._refused_input(x, args, kwargs)
         if reason is None:
             tensors = self.tensors()
-            reason = _refused_weights(x, tensors.depthwise_weight)
+            reason = _refused_weights(x, tensors.weights()[0])
         tracing = torch.compiler.is_compiling()
         if (tracing or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
             reason = "ONNX export: original modules, ONNX has no such operator"
         if reason is None:
-            return run_block(x, tensors, self.eps(), self.config) if tracing else self._run_eagerly(x, tensors)
+            return self._run(x, tensors) if tracing else self._run_eagerly(x, tensors)
         if not tracing:
             self._note_refusal(reason)
         return type(self.block).forward(self.block, x, *args, **kwargs)
@@ -127,16 +127,19 @@ class FusedForward:
             return unchecked_gpu(x.device)
         return None
 
-    def tensors(self) -> BlockTensors:
+    def tensors(self) -> Any:
         """The parameters and statistics as they are now; each attribute is read once (it may be parametrized)."""
         expand, depthwise, project = self.layers
         return BlockTensors._make((*_layer_tensors(expand), *_layer_tensors(depthwise), *_layer_tensors(project)))
 
-    def eps(self) -> tuple[float, float, float]:
+    def eps(self) -> Any:
         expand, depthwise, project = self.layers
         return _eps(expand), _eps(depthwise), _eps(project)
 
-    def _run_eagerly(self, x: Tensor, tensors: BlockTensors) -> Tensor:
+    def _run(self, x: Tensor, tensors: Any) -> Tensor:
+        return run_block(x, tensors, self.eps(), self.config)
+
+    def _run_eagerly(self, x: Tensor, tensors: Any) -> Tensor:
         # BatchNorm in training mode updates its statistics without counting a version, its batch counter with one: so a
         # slice of the block that was trained past the block is noticed.
         counters = [norm._buffers.get("num_batches_tracked") for norm in self.norms]
@@ -144,7 +147,7 @@ class FusedForward:
         if seen != self.batches_seen:
             memo.forget(tensors)
             self.batches_seen = seen
-        y = run_block(x, tensors, self.eps(), self.config)
+        y = self._run(x, tensors)
         self.last_reason = None
         if self._has_parametrized_weights():
             self.last_run = memo.last_run(tensors)
@@ -166,6 +169,29 @@ class FusedForward:
         elif reason not in self.warned and reason != NO_FIT and not reason.startswith(UNCHECKED):
             self.warned.add(reason)
             _logger.warning("block %r runs its original modules: %s", self.path, reason)
+
+
+class FusedLayer(FusedForward):
+    """The same for a dense convolution with its norm and activation: one layer, and a kernel for CPUs only."""
+
+    def __init__(self, structure: LayerStructure, path: str = "") -> None:
+        super().__init__(structure, path)
+        self.layer = structure.layer
+
+    def _refused_input(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        reason = super()._refused_input(x, args, kwargs)
+        if reason is None and not x.is_cpu:
+            return f"no kernel for dense convolutions on device type {x.device.type!r}"
+        return reason
+
+    def tensors(self) -> Layer:
+        return Layer._make(_layer_tensors(self.layer))
+
+    def eps(self) -> float:
+        return _eps(self.layer)
+
+    def _run(self, x: Tensor, tensors: Layer) -> Tensor:
+        return run_layer(x, tensors, self.eps(), self.config)
 
 
 def _layer_tensors(layer: ConvNorm | None) -> tuple[Tensor | None, ...]:
@@ -209,7 +235,7 @@ class _Watched(NamedTuple):
     settings: tuple[tuple[str, Any], ...]
 
 
-def _watched_modules(structure: BlockStructure) -> Iterator[_Watched]:
+def _watched_modules(structure: Structure) -> Iterator[_Watched]:
     """The block first, then all its submodules, apart from parametrizations: those run as ever.
 
     Settings are what the recognised computation depends on and could be edited: the geometry of convolutions; of other
@@ -223,7 +249,7 @@ def _watched_modules(structure: BlockStructure) -> Iterator[_Watched]:
         if module in parametrizations:
             continue
         names: Iterable[str] = ()
-        if module is structure.depthwise.conv:
+        if module is structure.window:
             names = ("stride", "padding", "dilation", "padding_mode")
         elif module in convs:
             names = ("stride", "padding")

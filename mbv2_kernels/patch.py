@@ -1,4 +1,4 @@
-"""`fuse`, `unfuse`, `summary`: which blocks of a model run as one kernel."""
+"""`fuse`, `unfuse`, `summary`: which blocks of a model, and layers around them, run as one kernel."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from .fold import memo
-from .fused_forward import TRAINING, FusedForward
-from .recognise import Candidate, candidates
+from .fused_forward import TRAINING, FusedForward, FusedLayer
+from .recognise import LAYER_KINDS, Candidate, LayerStructure, candidates
 
 ORIGINAL = "original modules"  # the `backend` of a row whose block last ran unfused
 
 
 @dataclass(frozen=True)
 class FusionRow:
-    """One block of a model, or what looked like one.
+    """One block of a model or one dense layer around its blocks, or what looked like one.
 
     path: as in `model.named_modules()`. kind: inverted_residual, depthwise_separable, stem or head.
     fused: an eval-mode call runs the fused kernel. reason: why not, or why the original modules run at the moment.
@@ -56,14 +56,20 @@ class FusionReport:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         table.insert(1, "  ".join("-" * w for w in widths))
-        count = sum(row.fused for row in self.rows)
-        return "\n".join([*table, f"{count} of {len(self.rows)} blocks fused"])
+        layers = [row for row in self.rows if row.kind in LAYER_KINDS]
+        blocks = [row for row in self.rows if row.kind not in LAYER_KINDS]
+        count = f"{sum(row.fused for row in blocks)} of {len(blocks)} blocks fused"
+        if layers:
+            count += f", {sum(row.fused for row in layers)} of {len(layers)} layers around them"
+        return "\n".join([*table, count])
 
 
 def fuse(
     model: nn.Module, *, filter_fn: Callable[[nn.Module, str], bool] | None = None, strict: bool = False
 ) -> nn.Module:
     """Makes every block of `model` that the fused kernel computes exactly run fused, in place; returns `model`.
+
+    So do the stem and the head, dense convolutions with BatchNorm and activation in a module of their own (on CPUs).
 
     Found by structure (see `recognise`) and confirmed by running each block once on small inputs. Class, path,
     submodules, parameters, `state_dict`, hooks of the block stay; `unfuse` undoes it. In training mode, and whenever
@@ -74,7 +80,8 @@ def fuse(
 
     Args:
         filter_fn: called with (module, path) for every candidate; those it returns False for are left as they are.
-        strict: raise RuntimeError, before anything is changed, if there is no candidate or one cannot be fused.
+        strict: raise RuntimeError, before anything is changed, if there is nothing to fuse or a block cannot be fused
+            (a stem or head that cannot is no reason: what they cost is small).
 
     Raises TypeError if `model` is no nn.Module or `filter_fn` cannot be called.
     """
@@ -89,7 +96,7 @@ def fuse(
     for candidate in chosen:
         _unfuse_one(candidate.module)
         if candidate.structure is not None:
-            candidate.module.forward = FusedForward(candidate.structure, candidate.path)
+            candidate.module.forward = _forward_of(candidate)
     memo.clear()
     return model
 
@@ -103,13 +110,13 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def summary(model: nn.Module) -> FusionReport:
-    """What `fuse` did to each block of `model`, what last ran it, and why the others were refused."""
+    """What `fuse` did to each block, stem and head of `model`, what last ran it, and why the others were refused."""
     _check_module("summary", model)
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
     fused = {path: f for path, m in model.named_modules() if (f := _fused_forward(m)) is not None}
-    depthwise = [f.layers[1].conv for f in fused.values()]
+    convs = [layer.conv for f in fused.values() for layer in f.layers if layer is not None]
     rows = [_fused_row(path, forward) for path, forward in fused.items()]
-    rows += [_unfused_row(c) for c in candidates(model, ignore=depthwise)]
+    rows += [_unfused_row(c) for c in candidates(model, ignore=convs)]
     return FusionReport(tuple(sorted(rows, key=lambda row: order[row.path])))
 
 
@@ -117,14 +124,13 @@ def _fused_row(path: str, forward: FusedForward) -> FusionRow:
     refusal = forward.refusal()
     fused = refusal is None or refusal.startswith(TRAINING)
     reason = refusal or forward.last_reason or ""
-    kind = "inverted_residual" if forward.layers[0] is not None else "depthwise_separable"
     backend: str | None = None
     tier: str | None = None
     if forward.last_reason is not None:
         backend = ORIGINAL
     elif run := forward.what_ran():
         backend, tier = run
-    return FusionRow(path, type(forward.block).__name__, kind, fused, reason, backend, tier)
+    return FusionRow(path, type(forward.block).__name__, forward.kind, fused, reason, backend, tier)
 
 
 def _unfused_row(candidate: Candidate) -> FusionRow:
@@ -135,13 +141,22 @@ def _unfused_row(candidate: Candidate) -> FusionRow:
 
 
 def _check_all_fusable(chosen: list[Candidate]) -> None:
-    refused = [c for c in chosen if c.structure is None]
-    if not chosen:
+    blocks = [c for c in chosen if c.kind not in LAYER_KINDS]
+    refused = [c for c in blocks if c.structure is None]
+    if not blocks and all(c.structure is None for c in chosen):
         raise RuntimeError("fuse(strict=True): the model holds no block with a depthwise convolution to fuse")
     if refused:
         lines = [f"  {c.path or '(root)'} ({type(c.module).__name__}): {c.reason}" for c in refused]
-        head = f"fuse(strict=True): {len(refused)} of {len(chosen)} blocks cannot be fused, the model is unchanged:"
+        head = f"fuse(strict=True): {len(refused)} of {len(blocks)} blocks cannot be fused, the model is unchanged:"
         raise RuntimeError("\n".join([head, *lines]))
+
+
+def _forward_of(candidate: Candidate) -> FusedForward:
+    structure = candidate.structure
+    assert structure is not None
+    if isinstance(structure, LayerStructure):
+        return FusedLayer(structure, candidate.path)
+    return FusedForward(structure, candidate.path)
 
 
 def _fused_forward(module: nn.Module) -> FusedForward | None:

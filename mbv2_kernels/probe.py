@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
-from .fold import BlockTensors, fold
+from .backends import BlockConfig, LayerConfig
+from .fold import BlockTensors, Layer
 from .fused_forward import FusedForward
 
 if TYPE_CHECKING:
-    from .functional import BlockConfig
-    from .recognise import BlockStructure
+    from .recognise import Structure
+
+    SomeStructure = TypeVar("SomeStructure", bound=Structure)
 
 TOLERANCE = 1e-9  # relative, fp64: two orders of the same sums differ by 1e-15, any other computation by far more
 _ACTIVATIONS = ("relu6", "relu", "none")
@@ -64,16 +66,15 @@ def is_plain_forward(module: nn.Module) -> bool:
     return isinstance(vars(module).get("forward"), FusedForward | None)
 
 
-def confirm(structure: BlockStructure) -> BlockStructure:
-    """`structure` with the configuration that its block was seen to compute; raises Refused if there is none.
+def confirm(structure: SomeStructure) -> SomeStructure:
+    """`structure` with the configuration that its module was seen to compute; raises Refused if there is none.
 
-    The block runs on two images, odd by even and even by odd, that are larger than the (dilated) kernel. Its values are
+    It runs on two images, odd by even and even by odd, that are larger than the (dilated) kernel. Its values are
     such that both ends of each clamp are reached.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
-    conv = structure.depthwise.conv
-    reach = structure.config.dilation * (conv.kernel_size[0] - 1) + 1
-    channels = (structure.expand or structure.depthwise).conv.in_channels
+    conv, channels = structure.window, structure.in_channels
+    reach = conv.dilation[0] * (conv.kernel_size[0] - 1) + 1
     sizes = ((1, channels, reach + 1, reach + 2), (1, channels, reach + 2, reach + 1))  # reach is odd
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, device="cpu") for s in sizes]
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _one_thread(), _DirectDepthwise():
@@ -83,9 +84,7 @@ def confirm(structure: BlockStructure) -> BlockStructure:
             layers = [(twins.get(id(a.conv)), twins.get(id(a.norm))) if a else (None, None) for a in structure.layers]
             _randomise(block, layers, generator)
             outputs = [_run(block, x) for x in inputs]
-            tensors = BlockTensors._make(t for conv, norm in layers for t in _tensors(conv, norm))
-            expand_eps, depthwise_eps, project_eps = (0.0 if norm is None else float(norm.eps) for _, norm in layers)
-            weights = fold(tensors, (expand_eps, depthwise_eps, project_eps))
+            weights = _folded(layers)
         except Refused:
             raise
         except Exception as error:
@@ -98,10 +97,11 @@ def confirm(structure: BlockStructure) -> BlockStructure:
                 if difference > TOLERANCE:
                     break
             else:
-                return replace(structure, config=config, eval_only=_looks_at_training(block, inputs[0], outputs[0]))
+                found: Any = {"config": config, "eval_only": _looks_at_training(block, inputs[0], outputs[0])}
+                return replace(structure, **found)
+    roles = "expand, depthwise, project" if len(structure.layers) == 3 else "convolution, norm, activation"
     raise Refused(
-        "its forward computes something else than expand, depthwise, project of these layers "
-        f"(relative difference {closest:.2g})"
+        f"its forward computes something else than {roles} of these layers (relative difference {closest:.2g})"
     )
 
 
@@ -157,23 +157,41 @@ def _run(block: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def _hypotheses(guess: BlockConfig, conv: nn.Conv2d) -> Iterator[BlockConfig]:
+def _folded(layers: list[tuple[Any, Any]]) -> tuple[Tensor | None, ...]:
+    """What a block's or a layer's reference takes: weights and biases with the BatchNorms folded in."""
+    tensors = [t for conv, norm in layers for t in _tensors(conv, norm)]
+    eps = [0.0 if norm is None else float(norm.eps) for _, norm in layers]
+    if len(layers) == 1:
+        return Layer._make(tensors).folded(eps[0])
+    return BlockTensors._make(tensors).folded((eps[0], eps[1], eps[2]))
+
+
+def _paddings(guess: int, conv: nn.Conv2d) -> Iterator[int]:
+    centred = conv.dilation[0] * (conv.kernel_size[0] - 1) // 2
+    return iter(dict.fromkeys((guess, centred, reference.SAME)))
+
+
+def _hypotheses(guess: BlockConfig | LayerConfig, conv: nn.Conv2d) -> Iterator[BlockConfig | LayerConfig]:
     """`guess` first, then whatever else the modules leave open."""
     yield guess
-    centred = guess.dilation * (conv.kernel_size[0] - 1) // 2
-    paddings = dict.fromkeys((guess.padding, centred, reference.SAME))
+    activations = dict.fromkeys((guess.activation, *_ACTIVATIONS))
+    if isinstance(guess, LayerConfig):
+        for padding, activation in itertools.product(_paddings(guess.padding, conv), activations):
+            yield guess._replace(padding=padding, activation=activation)
+        return
     finals = dict.fromkeys((guess.final_activation, "none", "relu6", "relu"))
     for final, padding, residual, activation in itertools.product(
-        finals, paddings, (True, False), dict.fromkeys((guess.activation, *_ACTIVATIONS))
+        finals, _paddings(guess.padding, conv), (True, False), activations
     ):
         if residual and (final != "none" or guess.stride != 1):
             continue
         yield guess._replace(final_activation=final, padding=padding, residual=residual, activation=activation)
 
 
-def _difference(config: BlockConfig, weights: tuple[Tensor | None, ...], x: Tensor, y: Tensor) -> float:
+def _difference(config: BlockConfig | LayerConfig, weights: tuple[Any, ...], x: Tensor, y: Tensor) -> float:
+    compute: Any = reference.inverted_residual if isinstance(config, BlockConfig) else reference.conv_act
     try:
-        expected = reference.inverted_residual(x, *weights, **config._asdict())  # type: ignore[arg-type]
+        expected = compute(x, *weights, **config._asdict())
     except RuntimeError:  # a residual where the channels differ
         return float("inf")
     if expected.shape != y.shape or y.dtype != expected.dtype:

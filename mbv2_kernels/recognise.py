@@ -6,12 +6,18 @@ never matter, so a network nobody has seen before works as long as its modules s
 
     [1x1 conv, norm, act]  depthwise conv, norm, act  1x1 conv, norm, [act]      (+ x)
 
-in whatever wrappers. A new kind of pattern (the stem, the head) is a new function in FINDERS.
+in whatever wrappers. Around the blocks stand dense layers, a convolution with its norm and activation in a module of
+its own, and these are taken by their form, not by their place:
+
+    stem    k x k convolution of a picture (at most 4 channels)
+    head    1x1 convolution, wherever it is no part of a block
+
+Only in networks with a depthwise convolution somewhere: others are not what this package is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,11 +27,13 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import probe
-from .functional import BlockConfig
+from .functional import BlockConfig, LayerConfig
 from .probe import Refused
 
 KERNEL_SIZES = (3, 5, 7)  # what networks use; larger ones (ConvNeXt) are other blocks with other norms
 STRIDES = (1, 2)
+PICTURE_CHANNELS = 4  # at most, of what a stem takes
+LAYER_KINDS = ("stem", "head")
 
 
 class ConvNorm(NamedTuple):
@@ -51,15 +59,58 @@ class BlockStructure:
     def layers(self) -> tuple[ConvNorm | None, ConvNorm, ConvNorm]:
         return self.expand, self.depthwise, self.project
 
+    @property
+    def window(self) -> nn.Conv2d:
+        """The convolution that stride, padding and dilation belong to."""
+        return self.depthwise.conv
+
+    @property
+    def in_channels(self) -> int:
+        return (self.expand or self.depthwise).conv.in_channels
+
+    @property
+    def kind(self) -> str:
+        return "depthwise_separable" if self.expand is None else "inverted_residual"
+
+
+@dataclass(frozen=True)
+class LayerStructure:
+    """A dense convolution with its norm and activation, alone in a module: stem or head."""
+
+    block: nn.Module
+    layer: ConvNorm
+    drops: tuple[nn.Module, ...]
+    config: LayerConfig
+    eval_only: bool = False
+
+    @property
+    def layers(self) -> tuple[ConvNorm]:
+        return (self.layer,)
+
+    @property
+    def window(self) -> nn.Conv2d:
+        return self.layer.conv
+
+    @property
+    def in_channels(self) -> int:
+        return self.layer.conv.in_channels
+
+    @property
+    def kind(self) -> str:
+        return _layer_kind(self.layer.conv)
+
+
+Structure = BlockStructure | LayerStructure
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that looks like a block: `structure` if it can be fused, else `reason`."""
+    """A module that looks like a block, a stem or a head: `structure` if it can be fused, else `reason`."""
 
     path: str
     module: nn.Module
     kind: str
-    structure: BlockStructure | None
+    structure: Structure | None
     reason: str
 
 
@@ -67,10 +118,11 @@ def candidates(model: nn.Module, *, ignore: Collection[nn.Module] = ()) -> list[
     """All candidates of `model` in the order of `model.named_modules()`.
 
     Nothing is changed, on the model or on the global random state; fusable blocks are run once on small inputs, as
-    fp64 copies on the CPU. Depthwise convolutions in `ignore` are passed over.
+    fp64 copies on the CPU. Convolutions in `ignore` are passed over.
     """
-    graph = _Graph(model)
-    found = {c.module: c for finder in FINDERS for c in finder(graph, frozenset(map(id, ignore)))}
+    graph, ignored = _Graph(model), frozenset(map(id, ignore))
+    found = {c.module: c for c in _find_blocks(graph, ignored)}
+    found.update({c.module: c for c in _find_layers(graph, ignored, list(found))})
     order = {module: index for index, module in enumerate(graph.paths)}
     return sorted(found.values(), key=lambda c: order[c.module])
 
@@ -87,10 +139,12 @@ class _Graph:
                     self.parents[child].append(module)
         self.size: dict[nn.Module, int] = {}  # how many modules it holds, itself included
         self.depthwise: dict[nn.Module, int] = {}  # how many of those are depthwise convolutions
+        self.weighted: dict[nn.Module, int] = {}  # how many are convolutions or linear layers
         for module in self.paths:
             inside = list(module.modules())
             self.size[module] = len(inside)
             self.depthwise[module] = sum(map(_is_depthwise, inside))
+            self.weighted[module] = sum(isinstance(m, _WEIGHTED) for m in inside)
 
     def ancestors(self, module: nn.Module) -> list[nn.Module]:
         """All modules that contain `module`, the innermost first."""
@@ -102,6 +156,9 @@ class _Graph:
                 seen[parent] = None
                 todo.extend(self.parents[parent])
         return sorted(seen, key=self.size.__getitem__)
+
+
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 def _is_depthwise(module: nn.Module) -> bool:
@@ -148,6 +205,7 @@ def _block_around(graph: _Graph, depthwise: nn.Conv2d) -> Candidate:
         except Refused as refused:
             refusals[block] = str(refused)
             continue
+        assert isinstance(structure, BlockStructure)
         structure = _with_residual_around(own, structure)
         return _candidate(graph, structure.block, depthwise, structure=structure)
 
@@ -168,7 +226,7 @@ def _with_residual_around(own: list[nn.Module], structure: BlockStructure) -> Bl
             around = probe.confirm(_read_block(parent, structure.depthwise.conv))
         except Refused:
             continue
-        if around.config.residual:
+        if isinstance(around, BlockStructure) and around.config.residual:
             return around
     return structure
 
@@ -191,13 +249,12 @@ def _candidate(
     graph: _Graph, module: nn.Module, depthwise: nn.Conv2d, *, structure: BlockStructure | None = None, reason: str = ""
 ) -> Candidate:
     if structure is not None:
-        expanded = structure.expand is not None
-    else:
-        before = list(module.modules())
-        before = before[: before.index(depthwise)]
-        expanded = any(_is_pointwise(m) and m.out_channels == depthwise.in_channels for m in before)
+        return Candidate(graph.paths[module], module, structure.kind, structure, "")
+    before = list(module.modules())
+    before = before[: before.index(depthwise)]
+    expanded = any(_is_pointwise(m) and m.out_channels == depthwise.in_channels for m in before)
     kind = "inverted_residual" if expanded else "depthwise_separable"
-    return Candidate(graph.paths[module], module, kind, structure, reason)
+    return Candidate(graph.paths[module], module, kind, None, reason)
 
 
 def _read_block(block: nn.Module, depthwise: nn.Conv2d) -> BlockStructure:
@@ -209,30 +266,16 @@ def _read_block(block: nn.Module, depthwise: nn.Conv2d) -> BlockStructure:
     if not probe.is_plain_forward(block):
         raise Refused("its forward was replaced on the instance by other code")
     _refuse_extra_branches(block, depthwise)
-    convs: list[nn.Conv2d] = []
-    norms: list[tuple[int, nn.Module]] = []  # with the number of convolutions seen before
-    acts: list[tuple[int, str, str]] = []  # the same, what it computes, its class
-    drops: list[nn.Module] = []
-    for path, module in _layers(block):
-        if isinstance(module, nn.Conv2d):
-            convs.append(module)
-        elif _is_norm(module):
-            norms.append((len(convs), module))
-        else:
-            does = probe.elementwise(module)
-            if does is None:
-                raise Refused(_not_computed(path, module))
-            if does != "identity":
-                acts.append((len(convs), does, type(module).__name__))
-            elif type(module).forward is not nn.Identity.forward:
-                drops.append(module)
-
+    convs, norms, acts, drops = _inventory(block)
     at = convs.index(depthwise)
     if at > 1:
         raise Refused(f"{at} convolutions before the depthwise one, expected at most one 1x1")
     if len(convs) - at != 2:
         raise Refused(f"{len(convs) - at - 1} convolutions after the depthwise one, expected one 1x1")
-    padding = _depthwise_padding(depthwise)
+    if depthwise.out_channels != depthwise.in_channels:
+        multiplier = depthwise.out_channels // depthwise.in_channels
+        raise Refused(f"depthwise convolution with channel multiplier {multiplier}")
+    padding = _declared_padding("depthwise", depthwise, KERNEL_SIZES)
     expand, project = (convs[0] if at else None), convs[-1]
     for role, conv in (("expand", expand), ("project", project)):
         if conv is not None:
@@ -265,6 +308,34 @@ def _read_block(block: nn.Module, depthwise: nn.Conv2d) -> BlockStructure:
         drops=tuple(drops),
         config=config,
     )
+
+
+class _Inventory(NamedTuple):
+    """What a module holds, in registration order. Norms and activations: how many convolutions come before."""
+
+    convs: list[nn.Conv2d]
+    norms: list[tuple[int, nn.Module]]
+    acts: list[tuple[int, str, str]]  # what it computes, its class
+    drops: list[nn.Module]
+
+
+def _inventory(block: nn.Module) -> _Inventory:
+    """All layers of `block`; raises Refused with the first that the kernels do not compute."""
+    convs, norms, acts, drops = found = _Inventory([], [], [], [])
+    for path, module in _layers(block):
+        if isinstance(module, nn.Conv2d):
+            convs.append(module)
+        elif _is_norm(module):
+            norms.append((len(convs), module))
+        else:
+            does = probe.elementwise(module)
+            if does is None:
+                raise Refused(_not_computed(path, module))
+            if does != "identity":
+                acts.append((len(convs), does, type(module).__name__))
+            elif type(module).forward is not nn.Identity.forward:
+                drops.append(module)
+    return found
 
 
 def _layers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -300,7 +371,7 @@ def _is_norm(module: nn.Module) -> bool:
 def _refuse_extra_branches(block: nn.Module, depthwise: nn.Conv2d) -> None:
     """Names squeeze-excite (and what else holds several layers beside the main path) instead of counting its layers."""
     for path, module in block.named_modules():
-        inner = [m for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))]
+        inner = [m for m in module.modules() if isinstance(m, _WEIGHTED)]
         if module is block or len(inner) < 2 or any(m is depthwise for m in inner):
             continue
         (enters, narrow), (_, leaves) = _channels(inner[0]), _channels(inner[-1])
@@ -324,23 +395,21 @@ def _not_computed(path: str, module: nn.Module) -> str:
     return f"{name} is not part of the block that the kernel computes ({path})"
 
 
-def _depthwise_padding(conv: nn.Conv2d) -> int:
+def _declared_padding(role: str, conv: nn.Conv2d, kernel_sizes: tuple[int, ...]) -> int:
     """The padding that the module declares (its forward may do something else: `probe.confirm`)."""
     for name in ("kernel_size", "stride", "dilation"):
         value = getattr(conv, name)
         if value[0] != value[1]:
-            raise Refused(f"depthwise {name} {tuple(value)} is not square")
-    if conv.out_channels != conv.in_channels:
-        raise Refused(f"depthwise convolution with channel multiplier {conv.out_channels // conv.in_channels}")
-    if conv.kernel_size[0] not in KERNEL_SIZES:
-        raise Refused(f"depthwise kernel_size {conv.kernel_size[0]} is not computed by the kernel, only {KERNEL_SIZES}")
+            raise Refused(f"{role} {name} {tuple(value)} is not square")
+    if conv.kernel_size[0] not in kernel_sizes:
+        raise Refused(f"{role} kernel_size {conv.kernel_size[0]} is not computed by the kernel, only {kernel_sizes}")
     if conv.stride[0] not in STRIDES:
-        raise Refused(f"depthwise stride {conv.stride[0]} is not computed by the kernel, only {STRIDES}")
-    _check_conv("depthwise", conv)
+        raise Refused(f"{role} stride {conv.stride[0]} is not computed by the kernel, only {STRIDES}")
+    _check_conv(role, conv)
     if isinstance(conv.padding, str):
         return conv.dilation[0] * (conv.kernel_size[0] - 1) // 2 if conv.padding == "same" else 0
     if conv.padding[0] != conv.padding[1]:
-        raise Refused(f"depthwise padding {tuple(conv.padding)} is not square")
+        raise Refused(f"{role} padding {tuple(conv.padding)} is not square")
     return int(conv.padding[0])
 
 
@@ -382,4 +451,82 @@ def _norm_of_each(convs: list[nn.Conv2d], norms: list[tuple[int, nn.Module]]) ->
     return after
 
 
-FINDERS: tuple[Callable[[_Graph, frozenset[int]], Iterator[Candidate]], ...] = (_find_blocks,)
+# ---------------------------------------------------------------------------------------------------------------------
+# the dense layers around the blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _layer_kind(conv: nn.Conv2d) -> str:
+    return "head" if tuple(conv.kernel_size) == (1, 1) else "stem"
+
+
+def _is_dense_layer(module: nn.Module) -> bool:
+    """A convolution as stems and heads have it."""
+    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+        return False
+    return _is_pointwise(module) or module.in_channels <= PICTURE_CHANNELS
+
+
+def _find_layers(graph: _Graph, ignore: frozenset[int], blocks: list[nn.Module]) -> Iterator[Candidate]:
+    if not any(graph.depthwise.values()):
+        return
+    taken = {id(module) for block in blocks for module in block.modules()} | ignore
+    for module in graph.paths:
+        if _is_dense_layer(module) and id(module) not in taken:
+            assert isinstance(module, nn.Conv2d)
+            candidate = _layer_around(graph, module)
+            if candidate is not None:
+                yield candidate
+
+
+def _layer_around(graph: _Graph, conv: nn.Conv2d) -> Candidate | None:
+    """The candidate that stands for this convolution; None if it is another kind of layer."""
+    kind = _layer_kind(conv)
+    ancestors = [a for a in graph.ancestors(conv) if _is_callable(a)]
+    own = [a for a in ancestors if graph.weighted[a] == 1]
+    # The outermost that still computes no more than this: a Sequential(conv, norm) may have its activation outside.
+    structure, refusals = None, dict[nn.Module, str]()
+    for module in own:
+        try:
+            found = probe.confirm(_read_layer(module, conv))
+        except Refused as refused:
+            if structure is not None:
+                break
+            refusals[module] = str(refused)
+            continue
+        if found.layer.norm is not None or found.config.activation != "none":  # else a convolution and nothing more
+            structure = found
+    if structure is not None:
+        return Candidate(graph.paths[structure.block], structure.block, kind, structure, "")
+    for module, reason in refusals.items():
+        if any(map(_is_norm, module.modules())):
+            return Candidate(graph.paths[module], module, kind, None, reason)
+    if own or not ancestors:
+        return None
+    after = list(ancestors[0].modules())
+    after = after[after.index(conv) + 1 :]
+    if not after or not _is_norm(after[0]):
+        return None
+    if kind == "head" and (conv.out_channels <= conv.in_channels or any(isinstance(m, nn.Conv2d) for m in after)):
+        return None  # expand or project of a block that could not be read: the block's row says so
+    where = f"{type(ancestors[0]).__name__} {graph.paths[ancestors[0]]!r}"
+    others = f"{graph.weighted[ancestors[0]] - 1} other layers"
+    reason = f"no module of its own to swap: {where} holds the convolution and its norm together with {others}"
+    return Candidate(graph.paths[conv], conv, kind, None, reason)
+
+
+def _read_layer(module: nn.Module, conv: nn.Conv2d) -> LayerStructure:
+    """The layer as its modules show it, a first guess for `probe.confirm`; raises Refused with what does not fit."""
+    if not probe.is_plain_forward(module):
+        raise Refused("its forward was replaced on the instance by other code")
+    convs, norms, acts, drops = _inventory(module)
+    kind = _layer_kind(conv)
+    padding = _declared_padding(kind, conv, (1,) if kind == "head" else KERNEL_SIZES)
+    if conv.dilation[0] != 1 and kind == "stem":
+        raise Refused(f"{kind} dilation {conv.dilation[0]} is not computed by the kernel, only 1")
+    if len(acts) > 1:
+        raise Refused(f"{len(acts)} activations ({', '.join(name for _, _, name in acts)})")
+    (norm,) = _norm_of_each(convs, norms)
+    activation = acts[0][1] if acts else "none"
+    config = LayerConfig(int(conv.stride[0]), padding, activation)
+    return LayerStructure(module, ConvNorm(conv, norm), tuple(drops), config)

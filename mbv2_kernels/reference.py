@@ -151,6 +151,51 @@ def inverted_residual_backward(
     return tuple(None if g is None or a is None else g.to(a.dtype) for g, a in zip(grads, arguments, strict=True))
 
 
+def conv_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0, activation: str = "none"
+) -> Tensor:
+    """A dense convolution and its activation (stem, head), as the op `mbv2::conv_act` has them.
+
+    Computes in the widest dtype among `x` and the weight, returns `x.dtype`. Differentiable, any number of times.
+    """
+    dtype = _compute_dtype(x, weight)
+    padded = F.pad(x.to(dtype), _pads(x, weight, stride, padding, 1))
+    return _activate(F.conv2d(padded, weight.to(dtype), _to(bias, dtype), stride), activation).to(x.dtype)
+
+
+def conv_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    activation: str = "none",
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `conv_act` for `x`, `weight` and `bias`; None where `needs` is False or there is no bias.
+
+    As `inverted_residual_backward`: nothing of the forward pass is stored, and computed in float32 at least.
+    """
+    dtype = torch.promote_types(_compute_dtype(x, weight), torch.float32)
+    left, right, top, bottom = _pads(x, weight, stride, padding, 1)
+    padded, w, b = F.pad(x.to(dtype), (left, right, top, bottom)), weight.to(dtype), _to(bias, dtype)
+    g = grad.to(dtype)
+    if activation != "none":
+        g = _activation_backward(g, F.conv2d(padded, w, b, stride), activation)
+    need_x, need_weight, need_bias = needs
+    g_x, g_weight, g_bias = _convolution_backward(
+        g, padded, w, (need_x, need_weight, need_bias and b is not None), stride
+    )
+    if need_x:
+        g_x = F.pad(g_x, (-left, -right, -top, -bottom))
+    return tuple(
+        None if g is None or t is None else g.to(t.dtype)
+        for g, t in zip((g_x, g_weight, g_bias), (x, weight, bias), strict=True)
+    )
+
+
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, weight.dtype)
 
@@ -159,9 +204,9 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _pads(x: Tensor, w_depthwise: Tensor, stride: int, padding: int, dilation: int) -> tuple[int, int, int, int]:
-    """Left, right, top, bottom: F.pad's order. The zeros go around the ACTIVATED tensor."""
-    kernel_size = w_depthwise.shape[-1]
+def _pads(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> tuple[int, int, int, int]:
+    """Left, right, top, bottom: F.pad's order. A block's zeros go around the ACTIVATED tensor."""
+    kernel_size = weight.shape[-1]
     return (
         *padding_amounts(x.shape[3], kernel_size, stride, padding, dilation),
         *padding_amounts(x.shape[2], kernel_size, stride, padding, dilation),

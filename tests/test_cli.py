@@ -116,7 +116,7 @@ def test_verify_on_random_input(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     content = json.loads(file.read_text())
     assert code == (0 if content["ok"] else 1)
-    assert [block["path"] for block in content["blocks"]] == [f"features.{i}" for i in range(1, 18)]
+    assert [block["path"] for block in content["blocks"]] == [f"features.{i}" for i in range(19)]
     for block in content["blocks"]:
         assert 0 < block["error"] < 2e-6 and block["path"] in out
         assert block["ok"] == (block["error"] <= block["limit"])
@@ -150,7 +150,7 @@ def test_verify_fails_when_a_block_is_wrong(
     assert "OUT OF BOUNDS" in out
     content = json.loads(file.read_text())
     assert not content["ok"]
-    block = content["blocks"][2]
+    block = content["blocks"][3]
     assert block["path"] == "features.3" and not block["ok"] and block["error"] > 1e-5
 
 
@@ -286,7 +286,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err == ""  # no progress bar where there is no terminal
     content = json.loads(file.read_text())
     assert (content["schema"], content["schema_version"], content["threads"]) == ("mbv2_kernels.bench", 1, 1)
-    assert len(content["blocks"]) == 13
+    assert len(content["blocks"]) == 14  # 13 blocks and the stem
     for entry in [*content["blocks"], content["network"]]:
         fused = entry["timings"]["fused"]
         assert fused["median"] >= fused["minimum"] > 0 and fused["ratio"] == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from wild import error, randomise
 import mbv2_kernels as mbv2
 from mbv2_kernels.fused_forward import FusedForward
 from mbv2_kernels.probe import _DirectDepthwise
+from mbv2_kernels.recognise import LAYER_KINDS
 
 torchvision = pytest.importorskip("torchvision", reason="the networks of this file are torchvision's and timm's")
 timm = pytest.importorskip("timm", reason="the networks of this file are torchvision's and timm's")
 
+ALL_17 = "17 of 17 blocks fused, 2 of 2 layers around them"
 EVEN = ((64, 64),)
 EVEN_AND_ODD = ((64, 64), (65, 47))  # "same" padding differs
 
@@ -71,41 +74,47 @@ def check_against_fp64(model: nn.Module, sizes: tuple[tuple[int, int], ...] = EV
     return report
 
 
-def reasons(report: mbv2.FusionReport) -> Counter[str]:
-    return Counter(row.reason.split(" (")[0] for row in report if not row.fused)
+def reasons(rows: Iterable[mbv2.FusionRow]) -> Counter[str]:
+    return Counter(row.reason.split(" (")[0] for row in rows if not row.fused)
 
 
 def test_torchvision_mobilenet_v2() -> None:
     report = check_against_fp64(torchvision.models.mobilenet_v2(), EVEN_AND_ODD)
-    assert str(report).splitlines()[-1] == "17 of 17 blocks fused"
-    assert [row.path for row in report] == [f"features.{i}" for i in range(1, 18)]
-    assert {row.class_name for row in report} == {"InvertedResidual"}
-    assert [row.kind for row in report] == ["depthwise_separable"] + ["inverted_residual"] * 16
+    assert str(report).splitlines()[-1] == ALL_17
+    assert [row.path for row in report] == [f"features.{i}" for i in range(19)]
+    assert {row.class_name for row in report[1:18]} == {"InvertedResidual"}
+    kinds = ["stem", "depthwise_separable"] + ["inverted_residual"] * 16 + ["head"]
+    assert [row.kind for row in report] == kinds
     mbv2.fuse(torchvision.models.mobilenet_v2(), strict=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "blocks"),
+    ("name", "blocks", "layers"),
     [
-        ("mobilenetv2_100", 17),
-        ("mobilenetv2_140", 17),
-        ("mobilenetv2_050", 17),
-        ("mobilenetv2_110d", 22),
-        ("mobilenetv2_120d", 26),
-        ("efficientnet_lite0", 16),
-        ("tf_efficientnet_lite0", 16),
-        ("mobilenetv1_100", 13),
+        ("mobilenetv2_100", 17, ["conv_stem", "conv_head"]),
+        ("mobilenetv2_140", 17, ["conv_stem", "conv_head"]),
+        ("mobilenetv2_050", 17, ["conv_stem", "conv_head"]),
+        ("mobilenetv2_110d", 22, ["conv_stem", "conv_head"]),
+        ("mobilenetv2_120d", 26, ["conv_stem", "conv_head"]),
+        ("efficientnet_lite0", 16, ["conv_stem", "conv_head"]),
+        ("tf_efficientnet_lite0", 16, ["conv_stem", "conv_head"]),
+        ("mobilenetv1_100", 13, ["conv_stem"]),
     ],
 )
-def test_timm(name: str, blocks: int) -> None:
+def test_timm(name: str, blocks: int, layers: list[str]) -> None:
+    """Its stem and head are attributes of the network itself: no module to swap, and the summary says so."""
     report = check_against_fp64(timm.create_model(name), EVEN_AND_ODD if name == "tf_efficientnet_lite0" else EVEN)
-    assert str(report).splitlines()[-1] == f"{blocks} of {blocks} blocks fused"
+    counts = f"{blocks} of {blocks} blocks fused, 0 of {len(layers)} layers around them"
+    assert str(report).splitlines()[-1] == counts
+    refused = {row.path: row.reason for row in report if not row.fused}
+    assert list(refused) == layers
+    assert all(reason.startswith("no module of its own to swap: EfficientNet") for reason in refused.values())
 
 
 def test_what_is_special_about_each_timm_model() -> None:
     def configs(name: str) -> list[tuple[int, FusedForward]]:
         modules = mbv2.fuse(timm.create_model(name)).modules()
-        forwards = [f for m in modules if isinstance(f := vars(m).get("forward"), FusedForward)]
+        forwards = [f for m in modules if type(f := vars(m).get("forward")) is FusedForward]
         return [(f.layers[1].conv.kernel_size[0], f) for f in forwards]
 
     lite = configs("tf_efficientnet_lite0")
@@ -119,9 +128,9 @@ def test_what_is_special_about_each_timm_model() -> None:
 
 def test_torchvision_mnasnet() -> None:
     report = check_against_fp64(torchvision.models.mnasnet0_5())
-    assert str(report).splitlines()[-1] == "16 of 17 blocks fused"
-    assert report[0].path == "layers.3" and not report[0].fused
-    assert report[0].reason == (
+    assert str(report).splitlines()[-1] == "16 of 17 blocks fused, 0 of 2 layers around them"
+    assert [row.path for row in report if not row.fused] == ["layers.0", "layers.3", "layers.14"]
+    assert report[1].reason == (
         "no module of its own to swap: Sequential 'layers' holds it together with 16 other depthwise convolutions"
     )
 
@@ -152,13 +161,18 @@ def test_torchvision_mnasnet() -> None:
 )
 def test_true_reasons(build: object, fused: int, expected: dict[str, int]) -> None:
     report = check_against_fp64(build())
-    assert sum(row.fused for row in report) == fused
-    assert reasons(report) == expected
+    blocks = [row for row in report if row.kind not in LAYER_KINDS]
+    layers = [row for row in report if row.kind in LAYER_KINDS]
+    assert sum(row.fused for row in blocks) == fused
+    assert reasons(blocks) == expected
+    assert len(layers) == 2  # stem and head: with another activation, or without a module of their own
+    for reason in reasons(layers):
+        assert reason.startswith(("no module of its own to swap: ", "activation "))
 
 
 def test_reason_names_the_module() -> None:
     report = mbv2.summary(timm.create_model("efficientnet_b0").eval())
-    assert report[0].reason == "squeeze-excite between depthwise and project (se: SqueezeExcite)"
+    assert report[1].reason == "squeeze-excite between depthwise and project (se: SqueezeExcite)"
 
 
 def test_dilated_backbone() -> None:
@@ -176,7 +190,7 @@ def test_dilated_backbone() -> None:
 def test_torchvision_quantizable() -> None:
     model = torchvision.models.quantization.mobilenet_v2(quantize=False)
     report = check_against_fp64(model)
-    assert str(report).splitlines()[-1] == "17 of 17 blocks fused"
+    assert str(report).splitlines()[-1] == ALL_17
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
@@ -185,7 +199,7 @@ def test_torchvision_quantizable() -> None:
         assert not any(row.fused for row in mbv2.summary(model))
         mbv2.fuse(model)  # ConvReLU6 and Identity: recognised again
         assert error(model(x), expected) < 1e-4
-    assert str(mbv2.summary(model)).splitlines()[-1] == "17 of 17 blocks fused"
+    assert str(mbv2.summary(model)).splitlines()[-1] == ALL_17
 
 
 def test_ssdlite() -> None:
@@ -219,8 +233,9 @@ def test_ssdlite_slicing_of_mobilenet_v2() -> None:
         mbv2.fuse(parts)
         assert error(parts(x), expected) < 1e-5
     rows = {row.path: row for row in mbv2.summary(parts)}
-    assert len(rows) == 17 and all(row.fused for row in rows.values())
+    assert len(rows) == 17 + 3 and all(row.fused for row in rows.values())
     assert rows["1.0"].kind == "depthwise_separable"
+    assert [path for path, row in rows.items() if row.kind == "head"] == ["0.14", "1.4"]  # block[0] is one of them
 
 
 def test_deeplab_like_dilation() -> None:
@@ -233,7 +248,7 @@ def test_deeplab_like_dilation() -> None:
                 conv.stride, rate = (1, 1), rate * 2
             conv.dilation, conv.padding = (rate, rate), (rate, rate)
     report = check_against_fp64(model)
-    assert str(report).splitlines()[-1] == "17 of 17 blocks fused"
+    assert str(report).splitlines()[-1] == ALL_17
     dilations = [model.features[i].forward.config.dilation for i in range(1, 18)]
     assert dilations == [1] * 6 + [2] * 7 + [4] * 4
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from wild import Flat, Net, error, randomise
+from wild import Flat, Net, block_rows, error, randomise
 
 import mbv2_kernels as mbv2
 from mbv2_kernels.fused_forward import FusedForward
@@ -26,12 +26,11 @@ def net() -> nn.Module:
     return randomise(Net())
 
 
-def rows(model: nn.Module) -> list[mbv2.FusionRow]:
-    return list(mbv2.summary(model))
+rows = block_rows
 
 
 def ran(model: nn.Module) -> set[str | None]:
-    return {row.backend for row in rows(model)}
+    return {row.backend for row in mbv2.summary(model)}
 
 
 # --- what stays ------------------------------------------------------------------------------------------------------
@@ -337,9 +336,9 @@ def test_double_runs_the_original_with_one_warning(net: nn.Module, caplog: pytes
         expected = net(x)
         mbv2.fuse(net)
         assert torch.equal(net(x), expected) and torch.equal(net(x), expected)
-    assert len(caplog.records) == 3  # one a block
-    assert "torch.float64 is not computed by the kernels" in caplog.records[0].message
-    assert "'blocks.0'" in caplog.records[0].message
+    assert len(caplog.records) == 4  # one for the stem and one a block
+    assert "torch.float64 is not computed by the kernels" in caplog.records[1].message
+    assert "'blocks.0'" in caplog.records[1].message
     assert rows(net)[0].reason == "torch.float64 is not computed by the kernels"
 
 
@@ -389,7 +388,7 @@ def test_filter(net: nn.Module) -> None:
         return path == "blocks.2"
 
     mbv2.fuse(net, filter_fn=only_the_last)
-    assert asked == [(Flat, "blocks.0"), (Flat, "blocks.1"), (Flat, "blocks.2")]
+    assert asked == [(nn.Sequential, "stem"), (Flat, "blocks.0"), (Flat, "blocks.1"), (Flat, "blocks.2")]
     assert [row.fused for row in rows(net)] == [False, False, True]
     assert rows(net)[0].reason == "can be fused: fuse() was not called on it, or its filter_fn left it out"
     mbv2.fuse(net, filter_fn=lambda m, path: path == "blocks.0")
@@ -458,13 +457,13 @@ def test_fuse_again_after_an_edit_through_data(net: nn.Module) -> None:
 def test_report(net: nn.Module) -> None:
     mbv2.fuse(net)
     report = mbv2.summary(net)
-    assert len(report) == 3 and report[0] == next(iter(report))
-    assert report[0] == mbv2.FusionRow("blocks.0", "Flat", "depthwise_separable", True, "", None, None)
-    assert [row.kind for row in report] == ["depthwise_separable", "inverted_residual", "inverted_residual"]
+    assert len(report) == 4 and report[0] == next(iter(report))
+    assert report[1] == mbv2.FusionRow("blocks.0", "Flat", "depthwise_separable", True, "", None, None)
+    assert [row.kind for row in report] == ["stem", "depthwise_separable", "inverted_residual", "inverted_residual"]
     lines = str(report).splitlines()
-    assert lines[-1] == "3 of 3 blocks fused" and len(lines) == 6
+    assert lines[-1] == "3 of 3 blocks fused, 1 of 1 layers around them" and len(lines) == 7
     assert lines[0].split() == ["block", "class", "kind", "fused", "backend", "tier", "reason"]
-    assert lines[2].split()[:4] == ["blocks.0", "Flat", "depthwise_separable", "yes"]
+    assert lines[3].split()[:4] == ["blocks.0", "Flat", "depthwise_separable", "yes"]
     with pytest.raises(AttributeError):
         report[0].fused = False
     net(torch.randn(X))
@@ -541,7 +540,7 @@ def test_export_with_a_dynamic_batch(net: nn.Module, strict: bool) -> None:
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(net, (torch.randn(X),), dynamic_shapes=({0: batch},), strict=strict)
     called = [str(node.target) for node in program.graph.nodes if "mbv2" in str(node.target)]
-    assert called == ["mbv2.inverted_residual_bn.default"] * 3
+    assert called == ["mbv2.conv_bn_act.default"] + ["mbv2.inverted_residual_bn.default"] * 3
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from wild import Flat, Net, error, randomise
+from wild import Flat, Net, block_rows, error, randomise
 
 import mbv2_kernels as mbv2
 
@@ -39,7 +39,7 @@ def assert_follows(net: nn.Module, *, was: torch.Tensor | None = None, x: torch.
 
 
 def last_ran(net: nn.Module) -> list[str | None]:
-    return [row.backend for row in mbv2.summary(net)]
+    return [row.backend for row in block_rows(net)]
 
 
 # --- parameters and buffers -------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_changed_structure_runs_the_original_with_one_warning(
     assert error(y, was) > 1e-3
     (record,) = caplog.records
     assert record.name == "mbv2_kernels" and told in record.message and "'blocks.1'" in record.message
-    row = mbv2.summary(net)[1]
+    row = block_rows(net)[1]
     assert not row.fused and told in row.reason and row.backend == "original modules"
     assert last_ran(net) == ["cpu", "original modules", "cpu"]
     assert_follows(net)
@@ -281,9 +281,9 @@ def test_changed_residual_flag(net: nn.Module) -> None:
     was = assert_follows(net)
     net.blocks[2].identity = False
     assert_follows(net, was=was)
-    row = mbv2.summary(net)[2]
+    row = block_rows(net)[2]
     assert not row.fused and row.reason == "identity of Flat was changed since fuse(): call fuse() again"
-    assert mbv2.summary(mbv2.fuse(net))[2].fused
+    assert block_rows(mbv2.fuse(net))[2].fused
     assert_follows(net, was=was)
 
 
@@ -291,4 +291,4 @@ def test_lost_statistics(net: nn.Module) -> None:
     norm = net.blocks[1].conv[4]
     norm.running_mean = norm.running_var = None
     assert_follows(net)
-    assert mbv2.summary(net)[1].reason == "a BatchNorm has lost its running statistics since fuse()"
+    assert block_rows(net)[1].reason == "a BatchNorm has lost its running statistics since fuse()"

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mbv2_kernels as mbv2
+from mbv2_kernels.recognise import LAYER_KINDS
+
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights and BatchNorm statistics with which every layer matters; eval mode."""
@@ -142,6 +145,11 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.fn(x)
+
+
+def block_rows(model: nn.Module) -> list[mbv2.FusionRow]:
+    """The rows of the model's blocks, without those of the layers around them."""
+    return [row for row in mbv2.summary(model) if row.kind not in LAYER_KINDS]
 
 
 class Net(nn.Module):
