@@ -42,7 +42,17 @@ def relative(y: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("out_channels", [1, 7, 8, 9, 15, 16, 17, 32, 33, 70])
 @pytest.mark.parametrize(
     ("in_channels", "kernel", "stride", "padding"),
-    [(3, 3, 2, 1), (3, 3, 2, -1), (5, 1, 1, 0), (33, 1, 1, 0), (4, 5, 1, 2), (3, 2, 2, 0), (6, 1, 2, 0), (2, 7, 3, 3)],
+    [
+        (3, 3, 2, 1),
+        (3, 3, 2, -1),
+        (3, 3, 1, 1),
+        (5, 1, 1, 0),
+        (33, 1, 1, 0),
+        (4, 5, 1, 2),
+        (3, 2, 2, 0),
+        (6, 1, 2, 0),
+        (2, 7, 3, 3),
+    ],
 )
 def test_against_float64(
     tier: str, in_channels: int, out_channels: int, kernel: int, stride: int, padding: int
@@ -50,8 +60,9 @@ def test_against_float64(
     generator = torch.Generator().manual_seed(out_channels)
     weight = torch.randn(out_channels, in_channels, kernel, kernel, generator=generator)
     bias = torch.randn(out_channels, generator=generator)
-    for (height, width), dtype in itertools.product([(9, 7), (16, 31)], BOUNDS):
-        x = torch.randn(2, in_channels, height, width, generator=generator).to(dtype)
+    formats = (torch.contiguous_format, torch.channels_last)
+    for (height, width), dtype, memory_format in itertools.product([(9, 7), (16, 31)], BOUNDS, formats):
+        x = torch.randn(2, in_channels, height, width, generator=generator).to(dtype, memory_format=memory_format)
         y = torch.ops.mbv2.conv_act(x, weight, bias, stride, padding, "relu6")
         reference = expected(x, weight, bias, stride, padding, "relu6")
         assert y.dtype == dtype and y.shape == reference.shape

@@ -1,10 +1,89 @@
 // The dense convolution over the register tiles of tile_generic.h, which says what may not be done here.
 //
-// A window's rows are runs of kernel * Cin neighbouring floats of a channels_last image, so the convolution is a
-// product whose left rows have `kernel` segments: no im2col. The image's rows are copied once, to fp32 with zeros
-// around them.
+// No im2col: a window is read where it lies, as the segments of a left row. Of a channels_last image it is `kernel`
+// runs of kernel * Cin neighbouring floats, of an NCHW image kernel * Cin runs of `kernel`. The image's rows are copied
+// once, to fp32 with zeros around them, in whichever of the two orders they come: reordering a picture's pixels one by
+// one costs as much as a quarter of the stem's arithmetic. The weights are few, so it is they that are brought into
+// order.
 //
 // No #pragma once: included once a tier.
+
+// Floats of a padded input row, a channel.
+static int64_t window_columns(const ConvArgs& a) {
+  return max64(a.pad_left + a.width, (a.out_width - 1) * a.stride + a.dims.kernel);
+}
+
+// A line of output pixels whose windows are `segments` runs of Depth floats in `left`, Step floats from one pixel to
+// the next. With both known to the compiler a tile needs one pointer for all its rows, and its loads step by constants:
+// a depth of 27 is too short to pay for less. Tiles of one height only, the last one over its neighbour's pixels.
+template <class Storage, int Panel, int Depth, int Step>
+NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weights, const float* bias,
+                           const Output<Storage>& out) {
+  constexpr int kHeight = V::kMaxRows[Panel], kWidth = Panel * V::width;
+  for (int64_t pixel = 0; pixel < pixels; pixel += kHeight) {
+    const int64_t first = min64(pixel, pixels - kHeight);
+    V::T acc[kHeight][Panel];
+    UNROLL for (int j = 0; j < Panel; ++j) {
+      const V::T start = V::load(bias + j * V::width);
+      UNROLL for (int i = 0; i < kHeight; ++i) acc[i][j] = start;
+    }
+    const float *a = left.first + first * Step, *b = weights;
+    for (int64_t segment = left.segments; segment > 0; segment -= 3) {
+      UNROLL for (int k = 0; k < Depth * 3; ++k) {
+        if (k && k % Depth == 0) a += left.step - Depth;
+        // Windows overlap: a compiler that knows would keep pixels for the next k, in registers that there are not.
+        __asm__("" : "+r"(a));
+        V::T w[Panel];
+        UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + k * kWidth + j * V::width);
+        UNROLL for (int i = 0; i < kHeight; ++i) {
+          const V::T p = V::broadcast(a + i * Step + k);
+          UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::fma(p, w[j], acc[i][j]);
+        }
+      }
+      a += left.step + 2 * Depth;
+      b += 3 * Depth * kWidth;
+    }
+    typename Storage::Element* y = out.y + first * out.y_stride;
+    if (out.channels >= kWidth) {
+      UNROLL for (int i = 0; i < kHeight; ++i) UNROLL for (int j = 0; j < Panel; ++j) {
+        Storage::store(y + i * out.y_stride + j * V::width, V::clamp(acc[i][j], out.lo, out.hi));
+      }
+    } else {
+      UNROLL for (int i = 0; i < kHeight; ++i) UNROLL for (int j = 0; j < Panel; ++j)
+          out.write(first + i, j, acc[i][j]);
+    }
+  }
+}
+
+template <class Storage, int Panel, int Depth, int Step>
+ALWAYS_INLINE bool window_tiles_of_width(int64_t width, const Rows& left, int64_t pixels, const float* weights,
+                                         const float* bias, const Output<Storage>& out) {
+  if constexpr (Panel >= 1) {
+    if (width != Panel)
+      return window_tiles_of_width<Storage, Panel - 1, Depth, Step>(width, left, pixels, weights, bias, out);
+    if (pixels < V::kMaxRows[Panel]) return false;
+    window_tiles<Storage, Panel, Depth, Step>(left, pixels, weights, bias, out);
+    return true;
+  }
+  return false;
+}
+
+// The windows that stems have: 3 x 3, stride 1 or 2, of planes or of pixels with 3 channels. False for others.
+template <class Storage>
+static bool stem_tiles(int64_t width, const Rows& left, int64_t pixels, const float* weights, const float* bias,
+                       const Output<Storage>& out) {
+  constexpr int P = V::kMaxPanel;
+  if (left.segments == 1) return false;
+  if (left.depth == 3 && left.stride == 2)
+    return window_tiles_of_width<Storage, P, 3, 2>(width, left, pixels, weights, bias, out);
+  if (left.depth == 3 && left.stride == 1)
+    return window_tiles_of_width<Storage, P, 3, 1>(width, left, pixels, weights, bias, out);
+  if (left.depth == 9 && left.stride == 6)
+    return window_tiles_of_width<Storage, P, 9, 6>(width, left, pixels, weights, bias, out);
+  if (left.depth == 9 && left.stride == 3)
+    return window_tiles_of_width<Storage, P, 9, 3>(width, left, pixels, weights, bias, out);
+  return false;
+}
 
 template <class Storage>
 struct ConvWork {
@@ -18,12 +97,13 @@ struct ConvWork {
   ConvWork(const ConvArgs& a_, const ConvLayout& l_, const ConvItem& item_, float* scratch_)
       : a(a_), l(l_), item(item_), scratch(scratch_), lo(V::set(a_.activation.lo)), hi(V::set(a_.activation.hi)) {}
 
-  // `rows` output pixels from the `pixel`-th on; their windows are `left`'s rows.
-  void products(const Rows& left, int64_t pixel, int64_t rows, float* sums) {
+  // `rows` output pixels from the `pixel`-th on; their windows are `left`'s rows. weights: all panels, in `left`'s
+  // order.
+  void products(const Rows& left, const float* weights, int64_t pixel, int64_t rows, float* sums) {
     const int64_t vectors = l.out_padded / V::width, depth = left.segments * left.depth;
     for (int64_t panel = item.panel_begin; panel < item.panel_end; ++panel) {
       const int64_t v = panel * l.panel, width = min64(l.panel, vectors - v);
-      const float* w = a.packed + l.w + v * V::width * depth;
+      const float* w = weights + v * V::width * depth;
       const Sums start{a.packed + l.b + v * V::width, nullptr, width * V::width};
       Output<Storage> out;
       out.y = static_cast<Element*>(a.y) + pixel * a.dims.out_channels + v * V::width;
@@ -34,6 +114,7 @@ struct ConvWork {
       out.bounded = bounds(a.activation);
       out.lo = lo;
       out.hi = hi;
+      if (stem_tiles<Storage>(width, left, rows, w, a.packed + l.b + v * V::width, out)) continue;
       if constexpr (sizeof(Element) == sizeof(float)) {
         product(width, left, rows, w, WriteOutput{start, out});
       } else {
@@ -54,11 +135,50 @@ struct ConvWork {
       for (int64_t c = 0; c < channels; ++c) *out++ = Storage::load_one(x + c * a.x_stride_channel);
   }
 
+  // The packed weights [panel][k][k][Cin][vectors] as [panel][k][Cin][k][vectors].
+  void weights_for_planes(float* out) const {
+    const int64_t channels = a.dims.in_channels, kernel = a.dims.kernel, vectors = l.out_padded / V::width;
+    const float* w = a.packed + l.w;
+    for (int64_t v = 0; v < vectors; v += l.panel) {
+      const int64_t width = min64(l.panel, vectors - v) * V::width;
+      for (int64_t dy = 0; dy < kernel; ++dy)
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t dx = 0; dx < kernel; ++dx, out += width) {
+            const float* from = w + ((dy * kernel + dx) * channels + c) * width;
+            for (int64_t i = 0; i < width; i += V::width) V::store(out + i, V::load(from + i));
+          }
+      w += kernel * kernel * channels * width;
+    }
+  }
+
+  // One row of x between `pad_left` zeros and as many as `columns` leave: channels next to each other, or plane by
+  // plane.
+  void copy_row(const Element* x, bool planes, int64_t columns, float* out) const {
+    const int64_t channels = a.dims.in_channels, each = planes ? 1 : channels;
+    for (int64_t plane = 0; plane < (planes ? channels : 1); ++plane, out += columns * each) {
+      const int64_t begin = a.pad_left * each, end = (a.pad_left + a.width) * each;
+      for (int64_t i = 0; i < begin; ++i) out[i] = 0;
+      if (planes)
+        widen_row<Storage>(x + plane * a.x_stride_channel, 0, 1, a.width, 0, out + begin);
+      else
+        copy_pixels(x, a.x_stride_pixel, a.width, out + begin);
+      for (int64_t i = end; i < columns * each; ++i) out[i] = 0;
+    }
+  }
+
   void window() {
     const int64_t channels = a.dims.in_channels, kernel = a.dims.kernel;
-    const int64_t columns = max64(a.pad_left + a.width, (a.out_width - 1) * a.stride + kernel);
-    const int64_t pitch = columns * channels;
+    const int64_t columns = window_columns(a), pitch = columns * channels;
+    const bool planes = a.x_stride_pixel == 1 && a.x_stride_channel != 1 && channels > 1;
     float* sums = scratch + kernel * pitch;
+    const float* weights = a.packed + l.w;
+    if (planes) {
+      float* reordered = sums + a.out_width * l.panel * V::width;
+      weights_for_planes(reordered);
+      weights = reordered;
+    }
+    const Rows left = planes ? Rows{scratch, a.stride, kernel, kernel * channels, columns}
+                             : Rows{scratch, a.stride * channels, kernel * channels, kernel, pitch};
     int64_t held_image = -1, held_end = 0;  // rows of which image, up to which one, the buffer holds
     for (int64_t line = item.line_begin; line < item.line_end; ++line) {
       const int64_t image = line / a.out_height, top = line % a.out_height * a.stride - a.pad_top;
@@ -76,14 +196,12 @@ struct ConvWork {
           for (int64_t i = 0; i < pitch; ++i) to[i] = 0;
           continue;
         }
-        for (int64_t i = 0; i < a.pad_left * channels; ++i) to[i] = 0;
-        copy_pixels(static_cast<const Element*>(a.x) + image * a.x_stride_image + row * a.x_stride_row,
-                    a.x_stride_pixel, a.width, to + a.pad_left * channels);
-        for (int64_t i = (a.pad_left + a.width) * channels; i < pitch; ++i) to[i] = 0;
+        copy_row(static_cast<const Element*>(a.x) + image * a.x_stride_image + row * a.x_stride_row, planes, columns,
+                 to);
       }
       held_image = image;
       held_end = top + kernel;
-      products({scratch, a.stride * channels, kernel * channels, kernel, pitch}, line * a.out_width, a.out_width, sums);
+      products(left, weights, line * a.out_width, a.out_width, sums);
     }
   }
 
@@ -97,8 +215,8 @@ struct ConvWork {
     for (int64_t pixel = item.line_begin * kPointwiseLine; pixel < end; pixel += kPointwiseLine) {
       const int64_t rows = min64(kPointwiseLine, end - pixel);
       if (direct) {
-        products({reinterpret_cast<const float*>(a.x) + pixel * a.x_stride_pixel, a.x_stride_pixel, channels}, pixel,
-                 rows, sums);
+        products({reinterpret_cast<const float*>(a.x) + pixel * a.x_stride_pixel, a.x_stride_pixel, channels},
+                 a.packed + l.w, pixel, rows, sums);
         continue;
       }
       for (int64_t r = 0; r < rows; ++r) {
@@ -107,7 +225,7 @@ struct ConvWork {
                         at % a.width * a.x_stride_pixel,
                     0, 1, scratch + r * channels);
       }
-      products({scratch, channels, channels}, pixel, rows, sums);
+      products({scratch, channels, channels}, a.packed + l.w, pixel, rows, sums);
     }
   }
 
@@ -117,8 +235,8 @@ struct ConvWork {
 static size_t conv_scratch_floats(const ConvArgs& a, const ConvLayout& l) {
   const int64_t panel = l.panel * V::width;
   if (is_pointwise(a)) return static_cast<size_t>(kPointwiseLine * (a.dims.in_channels + panel));
-  const int64_t columns = max64(a.pad_left + a.width, (a.out_width - 1) * a.stride + a.dims.kernel);
-  return static_cast<size_t>(a.dims.kernel * columns * a.dims.in_channels + a.out_width * panel);
+  const int64_t weights = a.dims.kernel * a.dims.kernel * a.dims.in_channels * l.out_padded;
+  return static_cast<size_t>(a.dims.kernel * window_columns(a) * a.dims.in_channels + a.out_width * panel + weights);
 }
 
 static void conv_work(const ConvArgs& a, const ConvLayout& l, const ConvItem& item, float* scratch) {
