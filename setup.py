@@ -118,7 +118,7 @@ class NinjaBuild(build_ext):
         # Each layer sees the headers it may use and no others: the core none but its own.
         layer_flags = {
             "ops.cpp": [TORCH_TARGET, *include_flags(torch.include)],
-            "module.cpp": ["-O1", *include_flags(pybind11.get_include(), python_include)],  # nothing there runs often
+            "module.cpp": include_flags(pybind11.get_include(), python_include),
         }
         user_flags = shlex.split(os.environ.get("CPPFLAGS", "")) + shlex.split(os.environ.get("CXXFLAGS", ""))
         flags = {}

@@ -6,14 +6,17 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "core/block.h"
 #include "core/conv.h"
+#include "core/scratch.h"
 #include "parallel.h"
 
 namespace {
@@ -47,6 +50,22 @@ std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
+// Images in memory: a tensor's, or what one step of a chain leaves for the next.
+struct Images {
+  const void* data;
+  int64_t batch, channels, height, width;
+  int64_t stride_image, stride_channel, stride_row, stride_pixel;  // in elements
+  ScalarType type;
+
+  int64_t numel() const { return batch * channels * height * width; }
+};
+
+std::string shape_of(const Images& x) {
+  std::ostringstream text;
+  text << "[" << x.batch << ", " << x.channels << ", " << x.height << ", " << x.width << "]";
+  return text.str();
+}
+
 bool storage_type(ScalarType type, DType* out) {
   switch (type) {
     case ScalarType::Float:
@@ -70,9 +89,11 @@ void check_tensor(const char* name, const Tensor& t, int64_t dims) {
   check(t.dim() == dims, name, " must have ", dims, " dimensions, got shape ", shape_of(t));
 }
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr Clamp kNoClamp{-kInfinity, kInfinity};
+
 Clamp clamp_of(const char* name, const std::string& activation) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  if (activation == "none") return {-kInfinity, kInfinity};
+  if (activation == "none") return kNoClamp;
   if (activation == "relu") return {0.0f, kInfinity};
   check(activation == "relu6", name, " must be 'none', 'relu' or 'relu6', got '", activation, "'");
   return {0.0f, 6.0f};
@@ -180,56 +201,108 @@ bool is_packed_array(const Tensor& packed) {
   return packed.is_cpu() && packed.dim() == 1 && packed.is_contiguous() && packed.scalar_type() == ScalarType::Float;
 }
 
-Tensor run(const Tensor& x_given, const Tensor& packed, const BlockDims& dims, int64_t stride, int64_t padding,
-           int64_t dilation, const std::string& activation, const std::string& final_activation, bool residual) {
-  check_tensor("x", x_given, 4);
-  check(x_given.size(1) == dims.in_channels, "x must have ", dims.in_channels, " channels, got shape ",
-        shape_of(x_given));
+Images images_of(const Tensor& x) {
+  return {x.const_data_ptr(), x.size(0),   x.size(1),   x.size(2),   x.size(3),
+          x.stride(0),        x.stride(1), x.stride(2), x.stride(3), x.scalar_type()};
+}
+
+// Dense channels_last images of `type` at `data`.
+Images dense_images(const void* data, int64_t batch, int64_t channels, int64_t height, int64_t width, ScalarType type) {
+  return {data, batch, channels, height, width, height * width * channels, 1, width * channels, channels, type};
+}
+
+// What the blocks' kernel can read: channels next to each other.
+Tensor with_adjoining_channels(const Tensor& x) {
+  const bool adjoin = x.stride(1) == 1 || x.size(1) == 1;
+  return adjoin ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+}
+
+// A checked call that lacks only its output: block or convolution.
+struct BlockCall {
+  BlockArgs args;
+  Tier tier;
+
+  Images output(const void* data, ScalarType type) const {
+    return dense_images(data, args.batch, args.dims.out_channels, args.out_height, args.out_width, type);
+  }
+  void run(void* y) {
+    args.y = y;
+    const mbv2::Parallel parallel = mbv2::torch_parallel();
+    mbv2::run_block(args, tier, mbv2::make_plan(args, mbv2::packed_layout(args.dims, tier), parallel.threads),
+                    parallel);
+    mbv2::count_call(tier);
+  }
+};
+
+struct ConvCall {
+  mbv2::ConvArgs args;
+  Tier tier;
+
+  Images output(const void* data, ScalarType type) const {
+    return dense_images(data, args.batch, args.dims.out_channels, args.out_height, args.out_width, type);
+  }
+  void run(void* y) {
+    args.y = y;
+    mbv2::run_conv(args, tier, mbv2::torch_parallel());
+    mbv2::count_call(tier);
+  }
+};
+
+template <class Call>
+Tensor run_into_tensor(Call call, ScalarType type) {
+  const Images out = call.output(nullptr, type);
+  Tensor y = empty_output(out.batch, out.channels, out.height, out.width, type);
+  if (out.numel() > 0) call.run(y.mutable_data_ptr());
+  return y;
+}
+
+BlockCall block_call(const Images& x, const Tensor& packed, const BlockDims& dims, int64_t stride, int64_t padding,
+                     int64_t dilation, Clamp activation, Clamp final_activation, bool residual) {
+  check(x.channels == dims.in_channels, "x must have ", dims.in_channels, " channels, got shape ", shape_of(x));
   check_geometry(stride, padding, dilation);
 
-  BlockArgs a;
+  BlockCall call;
+  BlockArgs& a = call.args;
   a.dims = dims;
   a.stride = stride;
   a.dilation = dilation;
-  a.activation = clamp_of("activation", activation);
-  a.final_activation = clamp_of("final_activation", final_activation);
+  a.activation = activation;
+  a.final_activation = final_activation;
   a.residual = residual;
-  storage_type(x_given.scalar_type(), &a.dtype);
-  a.batch = x_given.size(0);
-  a.height = x_given.size(2);
-  a.width = x_given.size(3);
+  storage_type(x.type, &a.dtype);
+  a.batch = x.batch;
+  a.height = x.height;
+  a.width = x.width;
   a.out_height = out_size(a.height, dims.kernel, stride, padding, dilation, &a.pad_top);
   a.out_width = out_size(a.width, dims.kernel, stride, padding, dilation, &a.pad_left);
-  check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x_given),
+  check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x),
         " is smaller than the depthwise kernel with its padding");
   if (residual) {
-    check(final_activation == "none", "residual and final_activation cannot be combined");
+    check(final_activation.lo == kNoClamp.lo && final_activation.hi == kNoClamp.hi,
+          "residual and final_activation cannot be combined");
     check(dims.in_channels == dims.out_channels && a.out_height == a.height && a.out_width == a.width,
-          "residual needs an output of x's shape: x ", shape_of(x_given), ", output [", a.batch, ", ",
-          dims.out_channels, ", ", a.out_height, ", ", a.out_width, "]");
+          "residual needs an output of x's shape: x ", shape_of(x), ", output [", a.batch, ", ", dims.out_channels,
+          ", ", a.out_height, ", ", a.out_width, "]");
   }
-  Tier tier;
   check(is_packed_array(packed) &&
-            mbv2::packed_tier(static_cast<const float*>(packed.const_data_ptr()), packed.numel(), dims, &tier),
+            mbv2::packed_tier(static_cast<const float*>(packed.const_data_ptr()), packed.numel(), dims, &call.tier),
         "packed does not hold this block's weights: pack them with pack_inverted_residual");
-
-  Tensor y = empty_output(a.batch, dims.out_channels, a.out_height, a.out_width, x_given.scalar_type());
-  if (y.numel() == 0) return y;
-
-  const bool channels_adjoin = x_given.stride(1) == 1 || x_given.size(1) == 1;
-  const Tensor x = channels_adjoin ? x_given : torch::stable::contiguous(x_given, MemoryFormat::ChannelsLast);
-  a.x = x.const_data_ptr();
-  a.x_stride_image = x.stride(0);
-  a.x_stride_row = x.stride(2);
-  a.x_stride_pixel = x.stride(3);
-  a.y = y.mutable_data_ptr();
+  a.x = x.data;
+  a.x_stride_image = x.stride_image;
+  a.x_stride_row = x.stride_row;
+  a.x_stride_pixel = x.stride_pixel;
   a.packed = static_cast<const float*>(packed.const_data_ptr());
+  return call;
+}
 
-  const mbv2::Parallel parallel = mbv2::torch_parallel();
-  const mbv2::Plan plan = mbv2::make_plan(a, mbv2::packed_layout(dims, tier), parallel.threads);
-  mbv2::run_block(a, tier, plan, parallel);
-  mbv2::count_call(tier);
-  return y;
+Tensor run(const Tensor& x_given, const Tensor& packed, const BlockDims& dims, int64_t stride, int64_t padding,
+           int64_t dilation, const std::string& activation, const std::string& final_activation, bool residual) {
+  check_tensor("x", x_given, 4);
+  const Tensor x = with_adjoining_channels(x_given);
+  return run_into_tensor(
+      block_call(images_of(x), packed, dims, stride, padding, dilation, clamp_of("activation", activation),
+                 clamp_of("final_activation", final_activation), residual),
+      x.scalar_type());
 }
 
 Tensor pack_inverted_residual(OptionalTensor w_expand, OptionalTensor b_expand, Tensor w_depthwise,
@@ -283,45 +356,113 @@ Tensor pack_conv(Tensor weight, OptionalTensor bias) {
   return packed;
 }
 
-Tensor conv_act_packed(Tensor x, Tensor packed, int64_t out_channels, int64_t kernel_size, int64_t stride,
-                       int64_t padding, std::string activation) {
-  check_tensor("x", x, 4);
+ConvCall conv_call(const Images& x, const Tensor& packed, int64_t out_channels, int64_t kernel_size, int64_t stride,
+                   int64_t padding, Clamp activation) {
   check(kernel_size >= 1 && kernel_size <= mbv2::kMaxKernel, "kernel_size must be 1 to ", mbv2::kMaxKernel, ", got ",
         kernel_size);
   check_geometry(stride, padding, 1);
-  mbv2::ConvArgs a;
-  a.dims = {x.size(1), out_channels, static_cast<int>(kernel_size)};
+  ConvCall call;
+  mbv2::ConvArgs& a = call.args;
+  a.dims = {x.channels, out_channels, static_cast<int>(kernel_size)};
   a.stride = stride;
-  a.activation = clamp_of("activation", activation);
-  storage_type(x.scalar_type(), &a.dtype);
-  a.batch = x.size(0);
-  a.height = x.size(2);
-  a.width = x.size(3);
+  a.activation = activation;
+  storage_type(x.type, &a.dtype);
+  a.batch = x.batch;
+  a.height = x.height;
+  a.width = x.width;
   a.out_height = out_size(a.height, kernel_size, stride, padding, 1, &a.pad_top);
   a.out_width = out_size(a.width, kernel_size, stride, padding, 1, &a.pad_left);
   check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x),
         " is smaller than the kernel with its padding");
-  Tier tier;
-  check(is_packed_array(packed) &&
-            mbv2::packed_conv_tier(static_cast<const float*>(packed.const_data_ptr()), packed.numel(), a.dims, &tier),
+  check(is_packed_array(packed) && mbv2::packed_conv_tier(static_cast<const float*>(packed.const_data_ptr()),
+                                                          packed.numel(), a.dims, &call.tier),
         "packed does not hold this convolution's weights: pack them with pack_conv");
-  Tensor y = empty_output(a.batch, out_channels, a.out_height, a.out_width, x.scalar_type());
-  if (y.numel() == 0) return y;
-  a.x = x.const_data_ptr();
-  a.x_stride_image = x.stride(0);
-  a.x_stride_channel = x.stride(1);
-  a.x_stride_row = x.stride(2);
-  a.x_stride_pixel = x.stride(3);
-  a.y = y.mutable_data_ptr();
+  a.x = x.data;
+  a.x_stride_image = x.stride_image;
+  a.x_stride_channel = x.stride_channel;
+  a.x_stride_row = x.stride_row;
+  a.x_stride_pixel = x.stride_pixel;
   a.packed = static_cast<const float*>(packed.const_data_ptr());
-  mbv2::run_conv(a, tier, mbv2::torch_parallel());
-  mbv2::count_call(tier);
-  return y;
+  return call;
+}
+
+Tensor conv_act_packed(Tensor x, Tensor packed, int64_t out_channels, int64_t kernel_size, int64_t stride,
+                       int64_t padding, std::string activation) {
+  check_tensor("x", x, 4);
+  return run_into_tensor(
+      conv_call(images_of(x), packed, out_channels, kernel_size, stride, padding, clamp_of("activation", activation)),
+      x.scalar_type());
 }
 
 Tensor conv_act(Tensor x, Tensor weight, OptionalTensor bias, int64_t stride, int64_t padding, std::string activation) {
   const Tensor packed = pack_conv(weight, bias);
   return conv_act_packed(x, packed, weight.size(0), weight.size(2), stride, padding, activation);
+}
+
+// ---- Chains: blocks and convolutions back to back -------------------------------------------------------------------
+
+// One step of a chain in the op's list of numbers. kind: 0 block, 1 convolution, which leaves hidden_channels, expand,
+// dilation, final_activation and residual unread. Activations: 0 none, 1 relu, 2 relu6.
+struct Step {
+  int64_t kind, hidden_channels, out_channels, kernel_size, expand, stride, padding, dilation, activation,
+      final_activation, residual;
+};
+constexpr int64_t kStepNumbers = sizeof(Step) / sizeof(int64_t);
+
+Clamp clamp_of(int64_t activation) {
+  check(activation >= 0 && activation <= 2, "steps: an activation must be 0, 1 or 2, got ", activation);
+  return activation == 0 ? kNoClamp : Clamp{0.0f, activation == 1 ? kInfinity : 6.0f};
+}
+
+// What lies between two steps is in one of two buffers, in turns. They stay, unless they are large: then a batch of
+// images is worth more than the time that an allocation takes.
+constexpr int64_t kKeptFloats = 2 << 20;
+thread_local mbv2::Arena between[2];
+
+Tensor chain_packed(Tensor x_given, std::vector<Tensor> packed, std::vector<int64_t> steps) {
+  check_tensor("x", x_given, 4);
+  const int64_t count = static_cast<int64_t>(packed.size());
+  check(count >= 1 && static_cast<int64_t>(steps.size()) == count * kStepNumbers, "steps must hold ", kStepNumbers,
+        " numbers for each of ", count, " packed arrays (at least one), got ", steps.size());
+  const ScalarType type = x_given.scalar_type();
+  const bool starts_with_block = steps[0] == 0;
+  const Tensor x = starts_with_block ? with_adjoining_channels(x_given) : x_given;
+  Images images = images_of(x);
+  OptionalTensor held[2];
+  for (int64_t i = 0; i < count; ++i) {
+    Step step;
+    std::memcpy(&step, &steps[static_cast<size_t>(i * kStepNumbers)], sizeof step);
+    const Tensor& weights = packed[static_cast<size_t>(i)];
+    const auto run_step = [&](auto call) -> OptionalTensor {
+      if (i == count - 1) return run_into_tensor(call, type);
+      Images out = call.output(nullptr, type);
+      void* y;
+      if (out.numel() <= kKeptFloats) {
+        y = between[i % 2].reserve(static_cast<size_t>(out.numel()));
+      } else {
+        held[i % 2] = empty_output(out.batch, out.channels, out.height, out.width, type);
+        y = held[i % 2]->mutable_data_ptr();
+      }
+      if (out.numel() > 0) call.run(y);
+      images = call.output(y, type);
+      return std::nullopt;
+    };
+    OptionalTensor last;
+    if (step.kind == 0) {
+      check(step.kernel_size >= 1 && step.kernel_size <= mbv2::kMaxKernel, "kernel_size must be 1 to ",
+            mbv2::kMaxKernel, ", got ", step.kernel_size);
+      const BlockDims dims{images.channels, step.hidden_channels, step.out_channels, static_cast<int>(step.kernel_size),
+                           step.expand != 0};
+      last = run_step(block_call(images, weights, dims, step.stride, step.padding, step.dilation,
+                                 clamp_of(step.activation), clamp_of(step.final_activation), step.residual != 0));
+    } else {
+      check(step.kind == 1, "steps: a kind must be 0 (block) or 1 (convolution), got ", step.kind);
+      last = run_step(conv_call(images, weights, step.out_channels, step.kernel_size, step.stride, step.padding,
+                                clamp_of(step.activation)));
+    }
+    if (last) return *last;
+  }
+  throw std::logic_error("mbv2: a chain ends with its last step");
 }
 
 }  // namespace
@@ -343,6 +484,7 @@ STABLE_TORCH_LIBRARY(mbv2, m) {
   m.def(
       "conv_act_packed(Tensor x, Tensor packed, int out_channels, int kernel_size, int stride, int padding, "
       "str activation) -> Tensor");
+  m.def("chain_packed(Tensor x, Tensor[] packed, int[] steps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
@@ -352,4 +494,5 @@ STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
   m.impl("conv_act", TORCH_BOX(&conv_act));
   m.impl("pack_conv", TORCH_BOX(&pack_conv));
   m.impl("conv_act_packed", TORCH_BOX(&conv_act_packed));
+  m.impl("chain_packed", TORCH_BOX(&chain_packed));
 }

@@ -1,9 +1,9 @@
 """The torch ops of namespace mbv2, as torch sees them: schemas, fakes, autograd, autocast.
 
-C++ (csrc/ops.cpp, CPU): `inverted_residual`, `pack_inverted_residual`, `inverted_residual_packed`, and for the dense
-layers around the blocks `conv_act`, `pack_conv`, `conv_act_packed`. Defined here: `inverted_residual_bn` and
-`conv_bn_act`, the same with their BatchNorms unfolded, and `inverted_residual_backward`. The packed ops and `conv_act`
-are for inference: they have no gradient.
+C++ (csrc/ops.cpp, CPU): `inverted_residual`, `pack_inverted_residual`, `inverted_residual_packed`; for the dense layers
+around the blocks `conv_act`, `pack_conv`, `conv_act_packed`; for runs of both `chain_packed`. Defined here:
+`inverted_residual_bn` and `conv_bn_act`, the same with their BatchNorms unfolded, and `inverted_residual_backward`. The
+packed ops and `conv_act` are for inference: they have no gradient.
 
 What torch.compile looks through (the backward formulas) is made of plain operations around opaque ops.
 """
@@ -129,6 +129,16 @@ def _(
     x: Tensor, packed: Tensor, out_channels: int, kernel_size: int, stride: int, padding: int, activation: str
 ) -> Tensor:
     return _fake_conv(x, out_channels, kernel_size, stride, padding)
+
+
+@torch.library.register_fake("mbv2::chain_packed", lib=_LIBRARY)
+def _(x: Tensor, packed: Sequence[Tensor], steps: Sequence[int]) -> Tensor:
+    numbers = len(steps) // len(packed)
+    for i in range(0, len(steps), numbers):
+        _, _, out_channels, kernel_size, _, stride, padding, dilation, *_ = steps[i : i + numbers]
+        config = BlockConfig(stride, padding, dilation, "none", "none", False)
+        x = _fake_output(x, out_channels, kernel_size, config)
+    return x
 
 
 @torch.library.register_fake("mbv2::pack_conv", lib=_LIBRARY)

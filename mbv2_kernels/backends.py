@@ -15,7 +15,7 @@ import functools
 import logging
 import os
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,8 +89,7 @@ def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -
     if weight.dtype is not x.dtype or weight.device != x.device:
         _check_weights(x, weight)
     if x.is_cpu and (_backend == "auto" or _backend == "cpu") and x.dtype in KERNEL_DTYPES:
-        packed_and_dims = memo.get(tensors, eps, _cpu_run(_C.active_tier()), _pack)
-        return _RUN_PACKED(x, *packed_and_dims, *config)
+        return _RUN_PACKED(x, *packed_block(tensors, eps), *config)
     triton = _select_triton(x, tensors)
     if triton is not None:
         run = Run("triton", None, x.dtype)
@@ -112,11 +111,20 @@ def run_layer(x: Tensor, layer: Layer, eps: float, config: LayerConfig) -> Tenso
     if layer.weight.dtype is not x.dtype or layer.weight.device != x.device:
         _check_weights(x, layer.weight)
     if x.is_cpu and (_backend == "auto" or _backend == "cpu") and x.dtype in KERNEL_DTYPES:
-        packed_and_dims = memo.get(layer, eps, _cpu_run(_C.active_tier()), _pack_layer)
-        return _RUN_PACKED_LAYER(x, *packed_and_dims, *config)
+        return _RUN_PACKED_LAYER(x, *packed_layer(layer, eps), *config)
     memo.note(layer, _REFERENCE)
     y = reference.conv_act(x, *fold_layer(layer, eps), **config._asdict())
     return dense(y, torch.channels_last)
+
+
+def packed_block(tensors: BlockTensors, eps: Eps) -> tuple[Any, ...]:
+    """The packed weights that `run_block` would use on the CPU now, with the numbers the op takes beside them."""
+    return memo.get(tensors, eps, _cpu_run(_C.active_tier()), _pack)
+
+
+def packed_layer(layer: Layer, eps: float) -> tuple[Any, ...]:
+    """The same for `run_layer`."""
+    return memo.get(layer, eps, _cpu_run(_C.active_tier()), _pack_layer)
 
 
 def inverted_residual_triton(x: Tensor, *args: object) -> Tensor:

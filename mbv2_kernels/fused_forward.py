@@ -8,16 +8,18 @@ all there is to undo.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .backends import UNCHECKED, get_backend, unchecked_gpu
+from . import _C
+from .backends import UNCHECKED, get_backend, packed_block, packed_layer, unchecked_gpu
 from .fold import BlockTensors, Layer, memo
 from .functional import run_block, run_layer
+from .reference import ACTIVATIONS
 
 if TYPE_CHECKING:
     from .recognise import ConvNorm, LayerStructure, Structure
@@ -55,13 +57,24 @@ class FusedForward:
         self.warned: set[str] = set()
         self.last_reason: str | None = None
         self.last_run: tuple[str, str | None] | None = None
+        self._unchanged: Callable[[], bool] | None = None
+        self._step_dims: list[int] = []
+        self._step_numbers: list[int] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_unchanged": None}  # of the modules of one process; made anew when needed
+
+    @property
+    def __code__(self) -> Any:
+        """Where a root module's forward is written: torch.export asks."""
+        return type(self.block).forward.__code__
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = self.refusal() or self._refused_input(x, args, kwargs)
+        tracing = torch.compiler.is_compiling()
+        reason = (self.refusal() if tracing else self._refusal_now()) or self._refused_input(x, args, kwargs)
         if reason is None:
             tensors = self.tensors()
             reason = _refused_weights(x, tensors.weights()[0])
-        tracing = torch.compiler.is_compiling()
         if (tracing or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
             reason = "ONNX export: original modules, ONNX has no such operator"
         if reason is None:
@@ -69,6 +82,25 @@ class FusedForward:
         if not tracing:
             self._note_refusal(reason)
         return type(self.block).forward(self.block, x, *args, **kwargs)
+
+    def _refusal_now(self) -> str | None:
+        """`refusal`, but quick where nothing has changed since the last look."""
+        if self._unchanged is None:
+            self._unchanged = _C.Watch(self._expectations()).unchanged
+        return None if self._unchanged() and not _has_any_global_hook() else self.refusal()
+
+    def _expectations(self) -> Iterator[tuple[Any, ...]]:
+        """What `refusal` asks for, as `_C.Watch` takes it; stricter only where that costs a closer look."""
+        evaluating = (("training", False),)
+        for module, children, settings in self.watched:
+            yield module, module is not self.block, children, settings, ()
+        for norm in self.norms:
+            batch_statistics = hasattr(norm, "track_running_stats")
+            yield norm, False, (), evaluating if batch_statistics else (), ("running_mean", "running_var")
+        for drop in self.drops:
+            yield drop, False, (), evaluating, ()
+        if self.eval_only:
+            yield self.block, False, (), evaluating, ()
 
     def refusal(self) -> str | None:
         """Why the original modules would run now, whatever the input; None if nothing stands against the kernel."""
@@ -139,7 +171,34 @@ class FusedForward:
     def _run(self, x: Tensor, tensors: Any) -> Tensor:
         return run_block(x, tensors, self.eps(), self.config)
 
-    def _run_eagerly(self, x: Tensor, tensors: Any) -> Tensor:
+    def step(self, dtype: torch.dtype) -> tuple[Tensor, list[int]] | None:
+        """Packed weights and numbers of this block as one step of the op `mbv2::chain_packed`, on images of `dtype`.
+
+        None if it would not run fused on CPU images of its channels now, or has parametrized weights: then a call of
+        its own tells (and notes) more.
+        """
+        if self._refusal_now() is not None or self._has_parametrized_weights():
+            return None
+        tensors = self.tensors()
+        weight = tensors.weights()[0]
+        if weight.dtype is not dtype or not weight.is_cpu:
+            return None
+        self._notice_training(tensors)
+        packed, *dims = self._packed(tensors)
+        if dims != self._step_dims:
+            self._step_dims, self._step_numbers = dims, self._numbers(*dims)
+        self.last_reason = None
+        return packed, self._step_numbers
+
+    def _packed(self, tensors: Any) -> tuple[Any, ...]:
+        return packed_block(tensors, self.eps())
+
+    def _numbers(self, hidden_channels: int, out_channels: int, kernel_size: int, expand: bool) -> list[int]:
+        stride, padding, dilation, activation, final_activation, residual = self.config
+        shape = [hidden_channels, out_channels, kernel_size, int(expand), stride, padding, dilation]
+        return [0, *shape, ACTIVATIONS.index(activation), ACTIVATIONS.index(final_activation), int(residual)]
+
+    def _notice_training(self, tensors: Any) -> None:
         # BatchNorm in training mode updates its statistics without counting a version, its batch counter with one: so a
         # slice of the block that was trained past the block is noticed.
         counters = [norm._buffers.get("num_batches_tracked") for norm in self.norms]
@@ -147,6 +206,9 @@ class FusedForward:
         if seen != self.batches_seen:
             memo.forget(tensors)
             self.batches_seen = seen
+
+    def _run_eagerly(self, x: Tensor, tensors: Any) -> Tensor:
+        self._notice_training(tensors)
         y = self._run(x, tensors)
         self.last_reason = None
         if self._has_parametrized_weights():
@@ -192,6 +254,13 @@ class FusedLayer(FusedForward):
 
     def _run(self, x: Tensor, tensors: Layer) -> Tensor:
         return run_layer(x, tensors, self.eps(), self.config)
+
+    def _packed(self, tensors: Layer) -> tuple[Any, ...]:
+        return packed_layer(tensors, self.eps())
+
+    def _numbers(self, out_channels: int, kernel_size: int) -> list[int]:  # type: ignore[override]
+        stride, padding, activation = self.config
+        return [1, 0, out_channels, kernel_size, 0, stride, padding, 1, ACTIVATIONS.index(activation), 0, 0]
 
 
 def _layer_tensors(layer: ConvNorm | None) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .chain import FusedChain, has_chain
 from .fold import memo
 from .fused_forward import TRAINING, FusedForward, FusedLayer
 from .recognise import LAYER_KINDS, Candidate, LayerStructure, candidates
@@ -70,6 +71,7 @@ def fuse(
     """Makes every block of `model` that the fused kernel computes exactly run fused, in place; returns `model`.
 
     So do the stem and the head, dense convolutions with BatchNorm and activation in a module of their own (on CPUs).
+    An `nn.Sequential` with several of them next to each other runs them by one call (see `chain`).
 
     Found by structure (see `recognise`) and confirmed by running each block once on small inputs. Class, path,
     submodules, parameters, `state_dict`, hooks of the block stay; `unfuse` undoes it. In training mode, and whenever
@@ -93,10 +95,13 @@ def fuse(
         _check_all_fusable(chosen)
     if filter_fn is None:
         unfuse(model)
-    for candidate in chosen:
+    for candidate in chosen:  # chains look anew at what is fused in every call
         _unfuse_one(candidate.module)
         if candidate.structure is not None:
             candidate.module.forward = _forward_of(candidate)
+    for module in model.modules():
+        if has_chain(module):
+            module.forward = FusedChain(module)
     memo.clear()
     return model
 
@@ -165,7 +170,7 @@ def _fused_forward(module: nn.Module) -> FusedForward | None:
 
 
 def _unfuse_one(module: nn.Module) -> None:
-    if _fused_forward(module) is not None:
+    if isinstance(vars(module).get("forward"), FusedForward | FusedChain):
         del module.forward
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
 from .backends import BlockConfig, LayerConfig
+from .chain import FusedChain
 from .fold import BlockTensors, Layer
 from .fused_forward import FusedForward
 
@@ -63,7 +64,7 @@ class Refused(Exception):
 
 def is_plain_forward(module: nn.Module) -> bool:
     """False where other code has put a `forward` on the instance."""
-    return isinstance(vars(module).get("forward"), FusedForward | None)
+    return isinstance(vars(module).get("forward"), FusedForward | FusedChain | None)
 
 
 def confirm(structure: SomeStructure) -> SomeStructure:

@@ -184,7 +184,8 @@ def test_dilated_backbone() -> None:
         mbv2.fuse(model, strict=True)
         for y, e in zip(model(x), expected, strict=True):
             assert error(y, e) < 1e-5
-    assert {m.forward.config.dilation for m in model.modules() if "forward" in vars(m)} == {1, 2, 4}
+    forwards = [f for m in model.modules() if isinstance(f := vars(m).get("forward"), FusedForward)]
+    assert {forward.config.dilation for forward in forwards} == {1, 2, 4}
 
 
 def test_torchvision_quantizable() -> None:

@@ -1,0 +1,185 @@
+"""Runs of fused children of a Sequential as one op call: the same results, and every child still asked."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_layers import ConvNormAct
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from wild import Flat, error, randomise
+
+import mbv2_kernels as mbv2
+from mbv2_kernels import set_backend
+from mbv2_kernels.chain import FusedChain
+
+X = (2, 3, 19, 22)
+OP = torch.ops.mbv2.chain_packed.default
+
+
+class Calls(TorchDispatchMode):
+    """Counts the ops of this package that the dispatcher sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mbv2" and "pack_" not in func.name():
+            self.names.append(func.name().removeprefix("mbv2::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    """Stem, three blocks, head in one Sequential."""
+    stem, head = ConvNormAct(3, 8, 3, stride=2, padding=1), ConvNormAct(16, 24, 1)
+    blocks = [Flat(8, 8, 8, expand=False), Flat(8, 48, 16, stride=2), Flat(16, 96, 16)]
+    return mbv2.fuse(randomise(nn.Sequential(stem, *blocks, head)))
+
+
+@pytest.fixture(autouse=True)
+def _automatic_backend() -> Iterator[None]:
+    yield
+    set_backend("auto")
+
+
+@torch.no_grad()
+def calls(net: nn.Module, x: Tensor | None = None) -> list[str]:
+    """Which ops a call runs, after checking that it computes what the unfused network does."""
+    x = torch.randn(X) if x is None else x
+    net(x)  # packs
+    with Calls() as seen:
+        y = net(x)
+    assert error(y, mbv2.unfuse(copy.deepcopy(net)).double()(x.double())) < (8e-6 if y.dtype == torch.float32 else 2e-2)
+    return seen.names
+
+
+def test_one_call(net: nn.Module) -> None:
+    assert calls(net) == ["chain_packed"]
+    assert {row.backend for row in mbv2.summary(net)} == {"cpu"} and len(mbv2.summary(net)) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(1, 3, 17, 20), (2, 3, 230, 410)])  # kept buffers, and memory of its own
+def test_the_same_numbers_as_child_by_child(net: nn.Module, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    net = net.to(dtype)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(size).to(dtype, memory_format=memory_format)
+        with torch.no_grad():
+            chained, y = net(x), x
+            for child in net:
+                y = child(y)
+            assert chained.equal(y) and chained.stride() == y.stride()
+            assert net(x).equal(y)  # and the buffers hold nothing back
+
+
+def test_a_hook_splits_the_run_and_fires(net: nn.Module) -> None:
+    fired: list[tuple[int, ...]] = []
+    handle = net[2].register_forward_hook(lambda m, args, y: fired.append(tuple(y.shape)))
+    assert calls(net) == ["chain_packed", "inverted_residual_packed", "chain_packed"]
+    assert fired[0] == (2, 16, 5, 6)
+    handle.remove()
+    inner = net[2].conv[0].register_forward_hook(lambda *_: fired.append(()))
+    assert calls(net) == ["chain_packed", "chain_packed"] and fired[-1] == ()
+    assert mbv2.summary(net)[2].reason == "hooks on Conv2d inside the block would not fire"
+    inner.remove()
+    assert calls(net) == ["chain_packed"] and mbv2.summary(net)[2].reason == ""
+
+
+def test_nothing_that_changes_goes_unnoticed(net: nn.Module) -> None:
+    for tensor in net.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            with torch.no_grad():
+                tensor.mul_(1.1).add_(0.05)
+    assert calls(net) == ["chain_packed"]
+    net[2].conv[3].stride = (1, 1)
+    assert calls(net) == ["chain_packed", "chain_packed"]  # around the block that runs its original modules
+    net[2].conv[3].stride = (2, 2)
+    net[3].train()
+    net(torch.randn(X))
+    net[3].eval()
+    assert calls(net) == ["chain_packed"]
+    net[4] = nn.Identity()
+    net.insert(1, nn.Dropout().eval())
+    assert calls(net) == ["chain_packed", "chain_packed"]
+    del net[1]
+    assert calls(net) == ["chain_packed"]
+
+
+def test_a_child_called_alone_a_slice_and_copies(net: nn.Module) -> None:
+    x = torch.randn(X)
+    with torch.no_grad():
+        expected = net(x)
+        assert net[2:](net[:2](x)).equal(expected)
+        assert type(net[:2].forward) is not FusedChain  # a new Sequential
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert twin(x).equal(expected) and twin.forward.block is twin
+            assert calls(twin) == ["chain_packed"]
+    attributes = [sorted(vars(m)) for m in mbv2.unfuse(net).modules()]
+    assert not any("forward" in names for names in attributes)
+
+
+@pytest.mark.parametrize(
+    "situation",
+    [
+        lambda net, x: net(x),  # gradients
+        lambda net, x: torch.no_grad()(torch.autocast("cpu", torch.bfloat16)(net))(x),
+        lambda net, x: torch.no_grad()(net.double())(x.double()),
+    ],
+)
+def test_what_wants_every_call_gets_it(net: nn.Module, situation: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    with Calls() as seen:
+        situation(net, torch.randn(X))
+    assert "chain_packed" not in seen.names
+
+
+def test_gradients_and_the_reference_backend(net: nn.Module) -> None:
+    x = torch.randn(X, requires_grad=True)
+    (gradient,) = torch.autograd.grad(net(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(mbv2.unfuse(copy.deepcopy(net))(x).square().sum(), x)
+    assert error(gradient, expected.double()) < 1e-4
+    with torch.no_grad():
+        y = net(x)
+        set_backend("reference")
+        assert error(net(x), y) < 8e-6
+    assert {row.backend for row in mbv2.summary(net)} == {"reference"}
+
+
+def test_wrong_channels_raise_what_the_child_raises(net: nn.Module) -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected input\\[2, 4, 9, 9\\] to have 3 channels"):
+        net(torch.randn(2, 4, 9, 9))
+
+
+def test_compile_has_one_op_for_each_child(net: nn.Module) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(X)
+    with torch.no_grad():
+        assert torch.compile(net, fullgraph=True, backend="aot_eager")(x).equal(net(x))
+    program = torch.export.export(net, (x,))
+    assert sum("mbv2" in str(node.target) for node in program.graph.nodes) == 5
+
+
+def test_opcheck_and_wrong_steps() -> None:
+    x, conv = torch.randn(2, 3, 9, 8), torch.ops.mbv2.pack_conv(torch.randn(5, 3, 3, 3), None)
+    block = torch.ops.mbv2.pack_inverted_residual(
+        torch.randn(12, 5, 1, 1), None, torch.randn(12, 1, 3, 3), None, torch.randn(5, 12, 1, 1), None
+    )
+    steps = [1, 0, 5, 3, 0, 2, 1, 1, 2, 0, 0, 0, 12, 5, 3, 1, 1, 1, 1, 2, 0, 1]
+    torch.library.opcheck(OP, (x, [conv, block], steps))
+    assert OP(x[:0], [conv, block], steps).shape == (0, 5, 5, 4)
+    for wrong, message in (
+        ((x, [], []), "at least one"),
+        ((x, [conv], steps), "steps must hold 11 numbers for each of 1"),
+        ((x, [block, conv], steps), "packed does not hold"),
+        ((x, [conv, block], [2, *steps[1:]]), "a kind must be 0"),
+        ((x, [conv, block], [*steps[:8], 3, *steps[9:]]), "an activation must be 0, 1 or 2"),
+        ((x[0], [conv, block], steps), "x must have 4 dimensions"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OP(*wrong)
