@@ -19,10 +19,10 @@ struct ExpandEpilogue {
   const float* bias;
   float* out;
   const int32_t* offset;  // where a row of the product lies in the ring
-  V::T lo, hi;
+  const Clamp* bounds;    // in memory: two registers held for it would push accumulators out to the stack
   ALWAYS_INLINE V::T start(int j) const { return V::load(bias + j * V::width); }
   ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
-    V::store(out + offset[row] + j * V::width, V::clamp(v, lo, hi));
+    V::store(out + offset[row] + j * V::width, V::clamp(v, V::broadcast(&bounds->lo), V::broadcast(&bounds->hi)));
   }
   ALWAYS_INLINE void skip(int64_t rows) { offset += rows; }
 };
@@ -234,7 +234,7 @@ struct Item {
       const float* w = a.packed + l.w1 + panel_begin * V::width * depth;
       for (int64_t row = begin; row < end; row += step) {
         const ExpandEpilogue epilogue{a.packed + l.b1 + hidden + v * V::width, chunk_ring + v * V::width,
-                                      offsets + (row - begin) * a.width, lo, hi};
+                                      offsets + (row - begin) * a.width, &a.activation};
         product(width, {input_row(row), input_pitch(), depth}, step * a.width, w, epilogue);
       }
     }

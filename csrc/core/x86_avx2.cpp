@@ -20,7 +20,12 @@ struct V {
   V_INLINE T load(const float* p) { return _mm256_loadu_ps(p); }
   V_INLINE void store(float* p, T v) { _mm256_storeu_ps(p, v); }
   V_INLINE T broadcast(const float* p) { return _mm256_broadcast_ss(p); }
-  V_INLINE T fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }
+  // The form that adds to its accumulator in place. Given the intrinsic, GCC also uses the forms that overwrite a
+  // factor, and moves the accumulators of a full tile through other registers and the stack (csrc/TUNING.md).
+  V_INLINE T fma(T a, T b, T c) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+    return c;
+  }
   V_INLINE T add(T a, T b) { return _mm256_add_ps(a, b); }
   // maxps and minps return their second operand when one is NaN: v stands second so that its NaN survives.
   V_INLINE T clamp(T v, T lo, T hi) { return _mm256_min_ps(hi, _mm256_max_ps(lo, v)); }
