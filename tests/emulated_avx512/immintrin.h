@@ -1,0 +1,157 @@
+// Stands in front of the compiler's <immintrin.h> to run csrc/core/x86_avx512.cpp on a CPU with AVX2 only: every
+// AVX-512 intrinsic that the file uses, on two AVX2 registers or lane by lane, as Intel's guide defines it. An
+// intrinsic that is missing here does not compile. It shows that the arithmetic is right, and nothing about speed.
+#pragma once
+
+#include_next <immintrin.h>
+
+namespace emulated {
+
+#define EMULATED static inline __attribute__((always_inline))
+
+template <class Half>
+struct Pair {
+  Half lo, hi;
+};
+template <class Half, class Whole>
+EMULATED Pair<Half> split(Whole v) {
+  Pair<Half> p;
+  __builtin_memcpy(&p, &v, sizeof p);
+  return p;
+}
+template <class Whole, class Half>
+EMULATED Whole join(Half lo, Half hi) {
+  const Pair<Half> p = {lo, hi};
+  Whole v;
+  __builtin_memcpy(&v, &p, sizeof v);
+  return v;
+}
+
+#define HALVES_2(name, Whole, Half, half)                   \
+  EMULATED Whole name(Whole a, Whole b) {                   \
+    const auto x = split<Half>(a), y = split<Half>(b);      \
+    return join<Whole>(half(x.lo, y.lo), half(x.hi, y.hi)); \
+  }
+HALVES_2(add_ps, __m512, __m256, _mm256_add_ps)
+HALVES_2(max_ps, __m512, __m256, _mm256_max_ps)
+HALVES_2(min_ps, __m512, __m256, _mm256_min_ps)
+HALVES_2(add_epi32, __m512i, __m256i, _mm256_add_epi32)
+HALVES_2(and_si512, __m512i, __m256i, _mm256_and_si256)
+HALVES_2(or_si512, __m512i, __m256i, _mm256_or_si256)
+
+EMULATED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  const auto x = split<__m256>(a), y = split<__m256>(b), z = split<__m256>(c);
+  return join<__m512>(_mm256_fmadd_ps(x.lo, y.lo, z.lo), _mm256_fmadd_ps(x.hi, y.hi, z.hi));
+}
+EMULATED __m512 set1_ps(float v) { return join<__m512>(_mm256_set1_ps(v), _mm256_set1_ps(v)); }
+EMULATED __m512i set1_epi32(int v) { return join<__m512i>(_mm256_set1_epi32(v), _mm256_set1_epi32(v)); }
+EMULATED __m512 loadu_ps(const void* p) {
+  const float* from = static_cast<const float*>(p);
+  return join<__m512>(_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8));
+}
+EMULATED void storeu_ps(void* p, __m512 v) {
+  const auto x = split<__m256>(v);
+  _mm256_storeu_ps(static_cast<float*>(p), x.lo);
+  _mm256_storeu_ps(static_cast<float*>(p) + 8, x.hi);
+}
+EMULATED __m512i slli_epi32(__m512i a, unsigned count) {
+  const auto x = split<__m256i>(a);
+  return join<__m512i>(_mm256_slli_epi32(x.lo, static_cast<int>(count)),
+                       _mm256_slli_epi32(x.hi, static_cast<int>(count)));
+}
+EMULATED __m512i srli_epi32(__m512i a, unsigned count) {
+  const auto x = split<__m256i>(a);
+  return join<__m512i>(_mm256_srli_epi32(x.lo, static_cast<int>(count)),
+                       _mm256_srli_epi32(x.hi, static_cast<int>(count)));
+}
+EMULATED __m512 castsi512_ps(__m512i a) {
+  __m512 v;
+  __builtin_memcpy(&v, &a, sizeof v);
+  return v;
+}
+EMULATED __m512i castps_si512(__m512 a) {
+  __m512i v;
+  __builtin_memcpy(&v, &a, sizeof v);
+  return v;
+}
+
+// Lane by lane. A masked load or store touches no memory but its lanes'.
+EMULATED __m512 maskz_loadu_ps(__mmask16 mask, const void* p) {
+  float lanes[16] = {};
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) lanes[i] = static_cast<const float*>(p)[i];
+  return loadu_ps(lanes);
+}
+EMULATED void mask_storeu_ps(void* p, __mmask16 mask, __m512 v) {
+  float lanes[16];
+  storeu_ps(lanes, v);
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) static_cast<float*>(p)[i] = lanes[i];
+}
+EMULATED __mmask16 cmp_ps_mask(__m512 a, __m512 b, int predicate) {
+  if (predicate != _CMP_UNORD_Q) __builtin_trap();  // the only one in use
+  float x[16], y[16];
+  storeu_ps(x, a);
+  storeu_ps(y, b);
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(__builtin_isunordered(x[i], y[i])) << i;
+  return static_cast<__mmask16>(mask);
+}
+EMULATED __m512i mask_blend_epi32(__mmask16 mask, __m512i a, __m512i b) {  // b where the bit is set
+  int x[16], y[16];
+  __builtin_memcpy(x, &a, sizeof x);
+  __builtin_memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) x[i] = y[i];
+  __builtin_memcpy(&a, x, sizeof x);
+  return a;
+}
+EMULATED __m512i cvtepu16_epi32(__m256i a) {
+  return join<__m512i>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
+                       _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)));
+}
+EMULATED __m256i cvtepi32_epi16(__m512i a) {  // the lower half of each lane
+  int lanes[16];
+  short low[16];
+  __builtin_memcpy(lanes, &a, sizeof lanes);
+  for (int i = 0; i < 16; ++i) low[i] = static_cast<short>(lanes[i]);
+  __m256i v;
+  __builtin_memcpy(&v, low, sizeof v);
+  return v;
+}
+EMULATED __m512 cvtph_ps(__m256i a) {
+  return join<__m512>(_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
+}
+template <int rounding>
+EMULATED __m256i cvtps_ph(__m512 a) {
+  const auto x = split<__m256>(a);
+  return _mm256_set_m128i(_mm256_cvtps_ph(x.hi, rounding), _mm256_cvtps_ph(x.lo, rounding));
+}
+
+}  // namespace emulated
+
+#undef _mm512_cmp_ps_mask
+#undef _mm512_cvtps_ph
+#define _mm512_add_epi32 emulated::add_epi32
+#define _mm512_add_ps emulated::add_ps
+#define _mm512_and_si512 emulated::and_si512
+#define _mm512_castps_si512 emulated::castps_si512
+#define _mm512_castsi512_ps emulated::castsi512_ps
+#define _mm512_cmp_ps_mask emulated::cmp_ps_mask
+#define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
+#define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtph_ps emulated::cvtph_ps
+#define _mm512_cvtps_ph(a, rounding) emulated::cvtps_ph<rounding>(a)
+#define _mm512_fmadd_ps emulated::fmadd_ps
+#define _mm512_loadu_ps emulated::loadu_ps
+#define _mm512_mask_blend_epi32 emulated::mask_blend_epi32
+#define _mm512_mask_storeu_ps emulated::mask_storeu_ps
+#define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
+#define _mm512_max_ps emulated::max_ps
+#define _mm512_min_ps emulated::min_ps
+#define _mm512_or_si512 emulated::or_si512
+#define _mm512_set1_epi32 emulated::set1_epi32
+#define _mm512_set1_ps emulated::set1_ps
+#define _mm512_slli_epi32 emulated::slli_epi32
+#define _mm512_srli_epi32 emulated::srli_epi32
+#define _mm512_storeu_ps emulated::storeu_ps
