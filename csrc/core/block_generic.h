@@ -19,118 +19,152 @@ struct ExpandEpilogue {
   const float* bias;
   float* out;
   const int32_t* offset;  // where a row of the product lies in the ring
-  const Clamp* bounds;    // in memory: two registers held for it would push accumulators out to the stack
+  const Clamp* clamp;
+  struct Done {
+    float* out;
+    const int32_t* offset;
+    V::T lo, hi;
+    ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
+      V::store(out + offset[row] + j * V::width, V::clamp(v, lo, hi));
+    }
+  };
   ALWAYS_INLINE V::T start(int j) const { return V::load(bias + j * V::width); }
-  ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
-    V::store(out + offset[row] + j * V::width, V::clamp(v, V::broadcast(&bounds->lo), V::broadcast(&bounds->hi)));
-  }
+  ALWAYS_INLINE Done when_done() const { return {out, offset, V::broadcast(&clamp->lo), V::broadcast(&clamp->hi)}; }
   ALWAYS_INLINE void skip(int64_t rows) { offset += rows; }
 };
 
 // ---- Depthwise ------------------------------------------------------------------------------------------------------
 
-struct DepthwiseRow {
-  const float* rows[kMaxKernel];  // rows of e under the kernel's rows; null where one lies in the padding
-  int64_t pitch;                  // floats between pixels of e
-  int64_t first_column;           // column of e under output column 0's first tap; negative: in the padding
-  int64_t width;                  // columns that exist
+// A group of output rows.
+struct Depthwise {
+  const float* const* rows;  // [group][kernel]: rows of e under the kernel's rows; null where one lies in the padding
+  int64_t group;
+  int64_t pitch;         // floats between pixels of e
+  int64_t first_column;  // column of e under output column 0's first tap; negative: in the padding
+  int64_t width;         // columns that exist
   int64_t out_pitch, out_width;
   int64_t kernel, stride, dilation;
   int64_t vectors;       // of channels
   const float* weights;  // [vector][k*k][V::width]
   const float* bias;
-  float* out;
-  V::T lo, hi;
+  float* out;  // [group][out_width][out_pitch]
+  Clamp clamp;
 };
 
-// `Count` neighbouring outputs, one vector of channels. Each loaded pixel serves all the taps it takes part in.
+// `Count` neighbouring outputs, one vector of channels. Each loaded pixel serves all the taps of a row that it takes
+// part in. Every Kernel-th column in turn: that is one multiply-add for each output, so that none waits for its last.
 template <int Kernel, int Stride, int Count>
-ALWAYS_INLINE void depthwise_run(const DepthwiseRow& r, int64_t ox, int64_t vector) {
+ALWAYS_INLINE void depthwise_run(const float* const* rows, int64_t at, int64_t pitch, const float* weights,
+                                 const float* bias, V::T lo, V::T hi, float* out, int64_t out_pitch) {
   V::T acc[Count];
-  const V::T bias = V::load(r.bias + vector * V::width);
-  UNROLL for (int u = 0; u < Count; ++u) acc[u] = bias;
-  const float* weights = r.weights + vector * (Kernel * Kernel * V::width);
-  const int64_t at = (r.first_column + ox * Stride) * r.pitch + vector * V::width;
+  const V::T start = V::load(bias);
+  UNROLL for (int u = 0; u < Count; ++u) acc[u] = start;
   UNROLL for (int dy = 0; dy < Kernel; ++dy) {
-    if (!r.rows[dy]) continue;
+    if (!rows[dy]) continue;
     V::T w[Kernel];
     UNROLL for (int t = 0; t < Kernel; ++t) w[t] = V::load(weights + (dy * Kernel + t) * V::width);
     constexpr int kColumns = (Count - 1) * Stride + Kernel, kBases = (kColumns + 2) / 3;  // as in tile()
-    const float* base[kBases];
-    UNROLL for (int i = 0; i < kBases; ++i) base[i] = r.rows[dy] + at + 3 * i * r.pitch;
-    UNROLL for (int c = 0; c < kColumns; ++c) {
-      const V::T pixel = V::load(base[c / 3] + (c % 3) * r.pitch);
-      UNROLL for (int u = 0; u < Count; ++u) {
-        const int t = c - u * Stride;
-        if (t >= 0 && t < Kernel) acc[u] = V::fma(pixel, w[t], acc[u]);
+    const float* base[kBases] = {rows[dy] + at};
+    UNROLL for (int i = 1; i < kBases; ++i) {
+      KEEP(base[i - 1]);  // else a register for each column's offset is computed ahead, and does not stay in one
+      base[i] = base[i - 1] + 3 * pitch;
+    }
+    UNROLL for (int first = 0; first < Kernel; ++first) {
+      UNROLL for (int c = first; c < kColumns; c += Kernel) {
+        const V::T pixel = V::load(base[c / 3] + (c % 3) * pitch);
+        UNROLL for (int u = 0; u < Count; ++u) {
+          const int t = c - u * Stride;
+          if (t >= 0 && t < Kernel) acc[u] = V::fma(pixel, w[t], acc[u]);
+        }
       }
     }
   }
-  float* out = r.out + ox * r.out_pitch + vector * V::width;
-  UNROLL for (int u = 0; u < Count; ++u) V::store(out + u * r.out_pitch, V::clamp(acc[u], r.lo, r.hi));
+  UNROLL for (int u = 0; u < Count; ++u) V::store(out + u * out_pitch, V::clamp(acc[u], lo, hi));
 }
 
-// Any kernel, stride, dilation, and columns in the padding: one output at a time.
-NOINLINE void depthwise_edge(const DepthwiseRow& r, int64_t begin, int64_t end) {
-  for (int64_t ox = begin; ox < end; ++ox) {
-    const int64_t column = r.first_column + ox * r.stride;
-    for (int64_t v = 0; v < r.vectors; ++v) {
-      V::T acc = V::load(r.bias + v * V::width);
-      const float* w = r.weights + v * r.kernel * r.kernel * V::width;
-      for (int64_t dy = 0; dy < r.kernel; ++dy) {
-        if (!r.rows[dy]) continue;
-        for (int64_t dx = 0; dx < r.kernel; ++dx) {
-          const int64_t c = column + dx * r.dilation;
-          if (c < 0 || c >= r.width) continue;
-          const V::T pixel = V::load(r.rows[dy] + c * r.pitch + v * V::width);
-          acc = V::fma(pixel, V::load(w + (dy * r.kernel + dx) * V::width), acc);
+// Any stride, dilation, and columns in the padding: one output at a time. Kernel 0: any, too.
+template <int Kernel>
+NOINLINE void depthwise_edge(const Depthwise& d, int64_t begin, int64_t end) {
+  const int64_t kernel = Kernel ? Kernel : d.kernel;
+  const V::T lo = V::set(d.clamp.lo), hi = V::set(d.clamp.hi);
+  for (int64_t oy = 0; oy < d.group; ++oy) {
+    const float* const* rows = d.rows + oy * kernel;
+    for (int64_t ox = begin; ox < end; ++ox) {
+      const int64_t column = d.first_column + ox * d.stride;
+      for (int64_t v = 0; v < d.vectors; ++v) {
+        V::T acc = V::load(d.bias + v * V::width);
+        const float* w = d.weights + v * kernel * kernel * V::width;
+        UNROLL for (int64_t dy = 0; dy < kernel; ++dy) {
+          if (!rows[dy]) continue;
+          UNROLL for (int64_t dx = 0; dx < kernel; ++dx) {
+            const int64_t c = column + dx * d.dilation;
+            if (c < 0 || c >= d.width) continue;
+            const V::T pixel = V::load(rows[dy] + c * d.pitch + v * V::width);
+            acc = V::fma(pixel, V::load(w + (dy * kernel + dx) * V::width), acc);
+          }
         }
+        V::store(d.out + (oy * d.out_width + ox) * d.out_pitch + v * V::width, V::clamp(acc, lo, hi));
       }
-      V::store(r.out + ox * r.out_pitch + v * V::width, V::clamp(acc, r.lo, r.hi));
     }
+  }
+}
+
+// `count` runs a row, from column `ox` on.
+template <int Kernel, int Stride, int Count>
+NOINLINE void depthwise_runs(const Depthwise& d, int64_t ox, int64_t count) {
+  const int64_t pitch = d.pitch, out_pitch = d.out_pitch;
+  const V::T lo = V::set(d.clamp.lo), hi = V::set(d.clamp.hi);
+  for (int64_t oy = 0; oy < d.group; ++oy) {
+    const float* rows[Kernel];
+    UNROLL for (int dy = 0; dy < Kernel; ++dy) rows[dy] = d.rows[oy * Kernel + dy];
+    float* out = d.out + (oy * d.out_width + ox) * out_pitch;
+    int64_t at = (d.first_column + ox * Stride) * pitch;
+    for (int64_t i = count; i > 0; --i, at += Count * Stride * pitch, out += Count * out_pitch)
+      for (int64_t v = 0; v < d.vectors; ++v)
+        depthwise_run<Kernel, Stride, Count>(rows, at + v * V::width, pitch,
+                                             d.weights + v * (Kernel * Kernel * V::width), d.bias + v * V::width, lo,
+                                             hi, out + v * V::width, out_pitch);
   }
 }
 
 template <int Kernel, int Stride, int Count>
-ALWAYS_INLINE void depthwise_runs_of(int64_t run, const DepthwiseRow& r, int64_t ox, int64_t count) {
+ALWAYS_INLINE void depthwise_runs_of(int64_t run, const Depthwise& d, int64_t ox, int64_t count) {
   if constexpr (Count >= 1) {
-    if (run == Count) {
-      // Channels innermost: all of a pixel's channels lie together, and a row of them may be more than L1 holds.
-      for (; count > 0; --count, ox += Count)
-        for (int64_t v = 0; v < r.vectors; ++v) depthwise_run<Kernel, Stride, Count>(r, ox, v);
-    } else {
-      depthwise_runs_of<Kernel, Stride, Count - 1>(run, r, ox, count);
-    }
+    if (run == Count)
+      depthwise_runs<Kernel, Stride, Count>(d, ox, count);
+    else
+      depthwise_runs_of<Kernel, Stride, Count - 1>(run, d, ox, count);
   }
 }
 
 // Columns [begin, end) whose taps all exist, in runs as equal as can be.
 template <int Kernel, int Stride>
-NOINLINE void depthwise_inner(const DepthwiseRow& r, int64_t begin, int64_t end) {
-  const int64_t width = end - begin, count = ceil_div(width, V::kMaxRun);
-  if (count <= 0) return;
+static void depthwise_inner(const Depthwise& d, int64_t begin, int64_t end) {
+  constexpr int kMax = V::kMaxRun;
+  const int64_t width = end - begin, count = ceil_div(width, kMax);
   const int64_t low = width / count, longer = width % count;
-  if (longer) depthwise_runs_of<Kernel, Stride, V::kMaxRun>(low + 1, r, begin, longer);
-  depthwise_runs_of<Kernel, Stride, V::kMaxRun>(low, r, begin + longer * (low + 1), count - longer);
+  if (longer) depthwise_runs_of<Kernel, Stride, kMax>(low + 1, d, begin, longer);
+  depthwise_runs_of<Kernel, Stride, kMax>(low, d, begin + longer * (low + 1), count - longer);
 }
 
-static void depthwise_row(const DepthwiseRow& r) {
+static void depthwise_rows(const Depthwise& d) {
   // outputs whose first tap is at column >= 0 and whose last tap is at column < width
-  const int64_t reach = (r.kernel - 1) * r.dilation;
-  int64_t begin = r.first_column >= 0 ? 0 : ceil_div(-r.first_column, r.stride);
-  const int64_t last = r.width - 1 - reach - r.first_column;
-  int64_t end = last < 0 ? 0 : last / r.stride + 1;
-  begin = min64(begin, r.out_width);
-  end = max64(begin, min64(end, r.out_width));
-  const bool fast = r.dilation == 1 && (r.stride == 1 || r.stride == 2) && (r.kernel == 3 || r.kernel == 5);
-  if (!fast) begin = end = r.out_width;
-  depthwise_edge(r, 0, begin);
-  depthwise_edge(r, end, r.out_width);
+  const int64_t reach = (d.kernel - 1) * d.dilation;
+  int64_t begin = d.first_column >= 0 ? 0 : ceil_div(-d.first_column, d.stride);
+  const int64_t last = d.width - 1 - reach - d.first_column;
+  int64_t end = last < 0 ? 0 : last / d.stride + 1;
+  begin = min64(begin, d.out_width);
+  end = max64(begin, min64(end, d.out_width));
+  const bool fast = d.dilation == 1 && (d.stride == 1 || d.stride == 2) && (d.kernel == 3 || d.kernel == 5);
+  if (!fast) begin = end = d.out_width;
+  const auto edge = d.kernel == 3 ? depthwise_edge<3> : d.kernel == 5 ? depthwise_edge<5> : depthwise_edge<0>;
+  edge(d, 0, begin);
+  edge(d, end, d.out_width);
   if (begin == end) return;
-  if (r.kernel == 3)
-    r.stride == 1 ? depthwise_inner<3, 1>(r, begin, end) : depthwise_inner<3, 2>(r, begin, end);
+  if (d.kernel == 3)
+    d.stride == 1 ? depthwise_inner<3, 1>(d, begin, end) : depthwise_inner<3, 2>(d, begin, end);
   else
-    r.stride == 1 ? depthwise_inner<5, 1>(r, begin, end) : depthwise_inner<5, 2>(r, begin, end);
+    d.stride == 1 ? depthwise_inner<5, 1>(d, begin, end) : depthwise_inner<5, 2>(d, begin, end);
 }
 
 // ---- One work item --------------------------------------------------------------------------------------------------
@@ -140,8 +174,8 @@ struct Buffers {
   bool widen;  // x is copied to fp32 first (16-bit storage, or no expand with channels that fill no vector)
   int64_t bands;
   int64_t ring_rows, ring_pitch, ring_size, rings;
-  int64_t wide_rows, wide_pitch;              // copied x
-  int64_t d, acc, ring, wide, offsets, size;  // offsets in floats
+  int64_t wide_rows, wide_pitch;                    // copied x
+  int64_t d, acc, ring, wide, rows, offsets, size;  // offsets in floats
 };
 
 static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan& plan) {
@@ -161,7 +195,8 @@ static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan&
   b.acc = b.d + plan.group_rows * a.out_width * plan.chunk;
   b.ring = b.acc + plan.band_rows * a.out_width * l.out_padded;
   b.wide = b.ring + b.rings * b.ring_size;
-  b.offsets = b.wide + b.wide_rows * a.width * b.wide_pitch;
+  b.rows = ceil_div(b.wide + b.wide_rows * a.width * b.wide_pitch, 16) * 16;
+  b.offsets = b.rows + plan.group_rows * a.dims.kernel * static_cast<int64_t>(sizeof(float*) / sizeof(float));
   b.size = b.offsets + (b.ring_rows * a.width + 15) / 16 * 16;
   return b;
 }
@@ -180,6 +215,7 @@ struct Item {
   const WorkItem& item;
   const Buffers b;
   float *d, *acc, *ring, *wide;
+  const float** rows;  // under the kernel's rows, for the depthwise pass
   int32_t* offsets;
   const Element* x;  // this image
   Element* y;
@@ -193,6 +229,7 @@ struct Item {
     acc = scratch + b.acc;
     ring = scratch + b.ring;
     wide = scratch + b.wide;
+    rows = reinterpret_cast<const float**>(scratch + b.rows);
     offsets = reinterpret_cast<int32_t*>(scratch + b.offsets);
     x = static_cast<const Element*>(a.x) + item.image * a.x_stride_image;
     y = static_cast<Element*>(a.y) + item.image * a.out_height * a.out_width * a.dims.out_channels;
@@ -219,7 +256,13 @@ struct Item {
   // Rows follow each other as pixels do, so several can be one matrix.
   ALWAYS_INLINE bool rows_adjoin() const { return b.widen || a.x_stride_row == a.width * a.x_stride_pixel; }
 
-  void expand_rows(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, float* chunk_ring) {
+  // As many weights (in vectors) as a product has, from behind its own: panels follow each other, and so do the hidden
+  // channels of a panel of the project's.
+  ALWAYS_INLINE Fetch behind(const float* w, int64_t vectors) const {
+    return {w + vectors * V::width, vectors * V::width * static_cast<int64_t>(sizeof(float))};
+  }
+
+  void expand_rows(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, float* chunk_ring, bool fetch_weights) {
     const int64_t pitch = b.ring_pitch, row_size = ring_columns * pitch;
     int32_t* to = offsets;
     for (int64_t row = begin; row < end; ++row) {
@@ -235,51 +278,55 @@ struct Item {
       for (int64_t row = begin; row < end; row += step) {
         const ExpandEpilogue epilogue{a.packed + l.b1 + hidden + v * V::width, chunk_ring + v * V::width,
                                       offsets + (row - begin) * a.width, &a.activation};
-        product(width, {input_row(row), input_pitch(), depth}, step * a.width, w, epilogue);
+        product(width, {input_row(row), input_pitch(), depth}, step * a.width, w, epilogue,
+                fetch_weights && row == begin ? behind(w, depth * width) : Fetch{});
       }
     }
   }
 
   void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, const float* chunk_ring) {
     const int64_t k = a.dims.kernel;
-    DepthwiseRow r;
-    r.kernel = k;
-    r.stride = a.stride;
-    r.dilation = a.dilation;
-    r.out_pitch = plan.chunk;
-    r.out_width = a.out_width;
-    r.vectors = vectors;
-    r.weights = a.packed + l.wd + hidden * k * k;
-    r.bias = a.packed + l.b2 + hidden;
-    r.lo = lo;
-    r.hi = hi;
-    if (a.dims.expand) {  // the ring has its padding columns
-      r.pitch = b.ring_pitch;
-      r.first_column = 0;
-      r.width = ring_columns;
-    } else {
-      r.pitch = input_pitch();
-      r.first_column = -a.pad_left;
-      r.width = a.width;
-    }
     for (int64_t oy = begin; oy < end; ++oy) {
       for (int64_t dy = 0; dy < k; ++dy) {
         const int64_t row = oy * a.stride - a.pad_top + dy * a.dilation;
+        const float*& to = rows[(oy - begin) * k + dy];
         if (row < 0 || row >= a.height)
-          r.rows[dy] = nullptr;
+          to = nullptr;
         else if (a.dims.expand)
-          r.rows[dy] = chunk_ring + (row % b.ring_rows) * ring_columns * b.ring_pitch;
+          to = chunk_ring + (row % b.ring_rows) * ring_columns * b.ring_pitch;
         else
-          r.rows[dy] = input_row(row) + hidden;
+          to = input_row(row) + hidden;
       }
-      r.out = d + (oy - begin) * a.out_width * plan.chunk;
-      depthwise_row(r);
     }
+    Depthwise p;
+    p.rows = rows;
+    p.group = end - begin;
+    p.kernel = k;
+    p.stride = a.stride;
+    p.dilation = a.dilation;
+    p.out_pitch = plan.chunk;
+    p.out_width = a.out_width;
+    p.vectors = vectors;
+    p.weights = a.packed + l.wd + hidden * k * k;
+    p.bias = a.packed + l.b2 + hidden;
+    p.out = d;
+    p.clamp = a.activation;
+    if (a.dims.expand) {  // the ring has its padding columns
+      p.pitch = b.ring_pitch;
+      p.first_column = 0;
+      p.width = ring_columns;
+    } else {
+      p.pitch = input_pitch();
+      p.first_column = -a.pad_left;
+      p.width = a.width;
+    }
+    depthwise_rows(p);
   }
 
   // Output rows [begin, end), hidden channels [hidden, hidden + depth), all output channels: on top of `sums`, or of
   // the bias if this is the first chunk; into y if `write`, else back into `sums`.
-  void project(int64_t begin, int64_t end, int64_t hidden, int64_t depth, bool first, bool write, float* sums) {
+  void project(int64_t begin, int64_t end, int64_t hidden, int64_t depth, bool first, bool write, float* sums,
+               const Fetch& fetch_input, bool fetch_weights) {
     const int64_t vectors = l.out_padded / V::width;
     // The residual's rows may lie apart (a channel slice with gaps): then one row at a time.
     const bool by_row = write && a.residual && a.x_stride_row != a.width * a.x_stride_pixel;
@@ -287,19 +334,32 @@ struct Item {
     for (int64_t v = 0; v < vectors; v += l.out_panel) {
       const int64_t width = min64(l.out_panel, vectors - v);
       const float* w = a.packed + l.w2 + v * V::width * a.dims.hidden_channels + hidden * width * V::width;
+      const int64_t rest = a.dims.out_channels - v * V::width;
       const float* bias = item.hidden_begin == 0 ? a.packed + l.b3 + v * V::width : kZeros;
       for (int64_t row = begin; row < end; row += step) {
         const int64_t at = (row - begin) * a.out_width, rows = step * a.out_width;
         const float* from = d + at * plan.chunk;
         float* to = sums + at * l.out_padded + v * V::width;
+        Fetch fetch = {};
+        if (v == 0 && row == begin && fetch_input.bytes)
+          fetch = fetch_input;
+        else if (fetch_weights && row == begin)
+          fetch = behind(w, depth * width);
         const Sums start{first ? bias : kZeros, first ? nullptr : to, l.out_padded};
         if constexpr (kDirect) {
+          if (write && first && !a.residual && !bounds(a.final_activation) && rest >= width * V::width) {
+            // The only chunk, and nothing but its sums: whole vectors of them go where y wants them.
+            float* to_y = reinterpret_cast<float*>(y) + row * a.out_width * a.dims.out_channels + v * V::width;
+            product(width, {from, plan.chunk, depth}, rows, w, KeepSum{{bias, nullptr, a.dims.out_channels}, to_y},
+                    fetch);
+            continue;
+          }
           if (write) {
-            product(width, {from, plan.chunk, depth}, rows, w, WriteOutput{start, output_rows(row, v)});
+            product(width, {from, plan.chunk, depth}, rows, w, WriteOutput{start, output_rows(row, v)}, fetch);
             continue;
           }
         }
-        product(width, {from, plan.chunk, depth}, rows, w, KeepSum{start, to});
+        product(width, {from, plan.chunk, depth}, rows, w, KeepSum{start, to}, fetch);
       }
     }
     if (!kDirect && write) write_rows(begin, end, sums, 1, 0);
@@ -334,10 +394,9 @@ struct Item {
   }
 
   void widen_rows(int64_t begin, int64_t end) {
-    wide_first = begin;
     for (int64_t row = begin; row < end; ++row)
       widen_row<Storage>(x + row * a.x_stride_row, a.x_stride_pixel, a.width, a.dims.in_channels, b.wide_pitch,
-                         wide + (row - begin) * a.width * b.wide_pitch);
+                         wide + (row - wide_first) * a.width * b.wide_pitch);
   }
 
   void run() {
@@ -354,7 +413,8 @@ struct Item {
       const int64_t band_end = min64(band + plan.band_rows, item.row_end);
       // In a later band the rings already hold the rows that it shares with the band before.
       const int64_t held = band == item.row_begin || !a.dims.expand ? 0 : end_input_row(band);
-      if (b.widen) widen_rows(max64(first_input_row(band), held), end_input_row(band_end));
+      wide_first = max64(first_input_row(band), held);
+      int64_t widened = wide_first;
       for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk) {
         const int64_t chunk = min64(plan.chunk, item.hidden_end - hidden);
         const int64_t vectors = ceil_div(chunk, V::width);
@@ -362,17 +422,30 @@ struct Item {
         int64_t expanded = max64(first_input_row(band), held);
         for (int64_t row = band; row < band_end; row += plan.group_rows) {
           const int64_t row_end = min64(row + plan.group_rows, band_end);
+          // The first chunk's groups copy what is new to them, right before they read it.
+          if (b.widen && hidden == item.hidden_begin) {
+            const int64_t end = end_input_row(row_end);
+            widen_rows(widened, end);
+            widened = max64(widened, end);
+          }
           if (a.dims.expand) {
             const int64_t begin = max64(expanded, first_input_row(row)), end = end_input_row(row_end);
-            if (end > begin) expand_rows(begin, end, hidden, vectors, chunk_ring);
+            if (end > begin) expand_rows(begin, end, hidden, vectors, chunk_ring, row == band);
             expanded = max64(expanded, end);
           }
           depthwise(row, row_end, hidden, vectors, chunk_ring);
           const bool last = hidden + chunk >= item.hidden_end;
           float* sums = (item.partial ? item.partial + (band - item.row_begin) * a.out_width * l.out_padded : acc) +
                         (row - band) * a.out_width * l.out_padded;
+          // Without expand the depthwise pass is the first to read x: what the next group will read besides.
+          Fetch input = {};
+          if (!a.dims.expand && !b.widen && hidden == item.hidden_begin) {
+            const int64_t from = end_input_row(row_end);
+            const int64_t rows_ahead = min64((row_end - row) * a.stride, a.height - from);
+            input = {input_row(from), rows_ahead * a.x_stride_row * static_cast<int64_t>(sizeof(float))};
+          }
           project(row, row_end, hidden, min64(chunk, a.dims.hidden_channels - hidden), hidden == item.hidden_begin,
-                  last && !item.partial, sums);
+                  last && !item.partial, sums, input, row == band && !last);
         }
       }
     }

@@ -12,7 +12,8 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
-#define UNROLL _Pragma("GCC unroll 64")  // accumulators stay in registers only if every index is a constant
+#define UNROLL _Pragma("GCC unroll 64")        // accumulators stay in registers only if every index is a constant
+#define KEEP(pointer) asm("" : "+r"(pointer))  // where it is computed: the compiler sees no more how
 
 static const float kInfinity = __builtin_inff();
 static ALWAYS_INLINE bool bounds(Clamp c) { return c.lo > -kInfinity || c.hi < kInfinity; }
@@ -27,6 +28,17 @@ struct Rows {
   int64_t stride, depth;
   int64_t segments = 1, step = 0;
 };
+
+// What stores a tile's sums: epilogue.when_done() if there is one, else the epilogue. For what would take a register
+// from the accumulators if it were held from the beginning, and be loaded again after each store if it were not.
+template <class Epilogue>
+ALWAYS_INLINE auto when_done(const Epilogue& epilogue, int) -> decltype(epilogue.when_done()) {
+  return epilogue.when_done();
+}
+template <class Epilogue>
+ALWAYS_INLINE const Epilogue& when_done(const Epilogue& epilogue, long) {
+  return epilogue;
+}
 
 // b: [segments * depth][ldb]. epilogue: start(j), store(row, j, value), and skip(rows) to go on to the next tile.
 template <int Height, int Panel, class Epilogue>
@@ -68,17 +80,34 @@ ALWAYS_INLINE void tile(const Rows& a, const float* b, int64_t ldb, const Epilog
     }
     UNROLL for (int i = 0; i < kBases; ++i) base[i] += to_next;
   }
-  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) epilogue.store(i, j, acc[i][j]);
+  const auto& done = when_done(epilogue, 0);
+  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) done.store(i, j, acc[i][j]);
 }
+
+// Memory that will be wanted after this product, brought into L2 meanwhile, a few cache lines a tile. At batch 1 every
+// weight is used once a call and comes from L3 or from memory.
+struct Fetch {
+  const void* next;
+  int64_t bytes;
+};
+struct FetchTile {
+  const char* next;
+  int64_t lines;  // a tile
+  ALWAYS_INLINE void operator()() {
+    for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
 
 // `count` tiles of the same height below each other, from row `row` on. Where the depth is short (16 in MobileNetV2's
 // second block) what a tile does besides multiplying counts: few calls, and pointers that step instead of being
 // computed anew.
 template <int Height, int Panel, class Epilogue>
-NOINLINE void tiles(Rows a, int64_t row, int64_t count, const float* b, int64_t ldb, Epilogue epilogue) {
+NOINLINE void tiles(Rows a, int64_t row, int64_t count, const float* b, int64_t ldb, FetchTile fetch,
+                    Epilogue epilogue) {
   a.first += row * a.stride;
   epilogue.skip(row);
   for (; count > 0; --count) {
+    fetch();
     tile<Height, Panel, Epilogue>(a, b, ldb, epilogue);
     a.first += Height * a.stride;
     epilogue.skip(Height);
@@ -87,39 +116,44 @@ NOINLINE void tiles(Rows a, int64_t row, int64_t count, const float* b, int64_t 
 
 template <int Panel, int Height, class Epilogue>
 ALWAYS_INLINE void tiles_of_height(int64_t height, const Rows& a, int64_t row, int64_t count, const float* b,
-                                   int64_t ldb, const Epilogue& epilogue) {
+                                   int64_t ldb, const FetchTile& fetch, const Epilogue& epilogue) {
   if constexpr (Height >= 1) {
     if (height == Height)
-      tiles<Height, Panel, Epilogue>(a, row, count, b, ldb, epilogue);
+      tiles<Height, Panel, Epilogue>(a, row, count, b, ldb, fetch, epilogue);
     else
-      tiles_of_height<Panel, Height - 1, Epilogue>(height, a, row, count, b, ldb, epilogue);
+      tiles_of_height<Panel, Height - 1, Epilogue>(height, a, row, count, b, ldb, fetch, epilogue);
   }
 }
 
 // All `rows` rows against one panel, in tiles as equal as can be: 14 rows are 5 + 5 + 4, not 6 + 6 + 2.
 template <int Panel, class Epilogue>
-ALWAYS_INLINE void panel_product(const Rows& a, int64_t rows, const float* b, int64_t ldb, const Epilogue& epilogue) {
+ALWAYS_INLINE void panel_product(const Rows& a, int64_t rows, const float* b, int64_t ldb, const Fetch& fetch,
+                                 const Epilogue& epilogue) {
   const int64_t count = (rows + V::kMaxRows[Panel] - 1) / V::kMaxRows[Panel];
   if (count == 0) return;
   const int64_t low = rows / count, tall = rows % count;
-  if (tall) tiles_of_height<Panel, V::kMaxRows[Panel]>(low + 1, a, 0, tall, b, ldb, epilogue);
-  tiles_of_height<Panel, V::kMaxRows[Panel]>(low, a, tall * (low + 1), count - tall, b, ldb, epilogue);
+  const int64_t lines = (fetch.bytes / 64 + count - 1) / count;
+  const char* next = static_cast<const char*>(fetch.next);
+  if (tall) tiles_of_height<Panel, V::kMaxRows[Panel]>(low + 1, a, 0, tall, b, ldb, {next, lines}, epilogue);
+  tiles_of_height<Panel, V::kMaxRows[Panel]>(low, a, tall * (low + 1), count - tall, b, ldb,
+                                             {next + tall * lines * 64, lines}, epilogue);
 }
 
 // The product with a panel of `width` vectors: b is [segments * depth][width][V::width].
 template <int Panel, class Epilogue>
-ALWAYS_INLINE void product_of_width(int64_t width, const Rows& a, int64_t rows, const float* b,
+ALWAYS_INLINE void product_of_width(int64_t width, const Rows& a, int64_t rows, const float* b, const Fetch& fetch,
                                     const Epilogue& epilogue) {
   if constexpr (Panel >= 1) {
     if (width == Panel)
-      panel_product<Panel, Epilogue>(a, rows, b, Panel * V::width, epilogue);
+      panel_product<Panel, Epilogue>(a, rows, b, Panel * V::width, fetch, epilogue);
     else
-      product_of_width<Panel - 1, Epilogue>(width, a, rows, b, epilogue);
+      product_of_width<Panel - 1, Epilogue>(width, a, rows, b, fetch, epilogue);
   }
 }
 template <class Epilogue>
-NOINLINE void product(int64_t width, const Rows& a, int64_t rows, const float* b, const Epilogue& epilogue) {
-  product_of_width<V::kMaxPanel, Epilogue>(width, a, rows, b, epilogue);
+NOINLINE void product(int64_t width, const Rows& a, int64_t rows, const float* b, const Epilogue& epilogue,
+                      const Fetch& fetch = {}) {
+  product_of_width<V::kMaxPanel, Epilogue>(width, a, rows, b, fetch, epilogue);
 }
 
 static ALWAYS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -241,13 +275,14 @@ static void widen_row(const typename Storage::Element* x, int64_t pixel_stride, 
   }
 }
 
-// kFmaChains independent accumulators: enough to hide the latency of fused multiply-adds on any port count so far.
+// kFmaChains independent accumulators: enough to hide the latency of fused multiply-adds on any port count so far. The
+// scale is so small that the values stay what they are: neither denormals nor infinities, which cost extra somewhere.
 static float fma_chains(int64_t iterations) {
   V::T acc[kFmaChains];
-  const V::T scale = V::set(0.999f), shift = V::set(1e-3f);
-  UNROLL for (int i = 0; i < kFmaChains; ++i) acc[i] = V::set(static_cast<float>(i));
+  const V::T scale = V::set(1e-9f);
+  UNROLL for (int i = 0; i < kFmaChains; ++i) acc[i] = V::set(static_cast<float>(i + 1));
   for (int64_t n = 0; n < iterations; ++n) {
-    UNROLL for (int i = 0; i < kFmaChains; ++i) acc[i] = V::fma(acc[i], scale, shift);
+    UNROLL for (int i = 0; i < kFmaChains; ++i) acc[i] = V::fma(scale, acc[i], acc[i]);
   }
   V::T sum = acc[0];
   for (int i = 1; i < kFmaChains; ++i) sum = V::add(sum, acc[i]);
