@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -221,6 +222,21 @@ def test_a_process_that_comes_to_nothing_is_not_started_again(tmp_path: Path, mo
     script.supervise(report, script.Budget(60), ["again"])
     assert len(starts) == 1
     assert report.data["skipped"] == [{"what": "build", "why": "the process ended there with code 1"}]
+
+
+def test_the_gpu_tests_themselves_run() -> None:
+    """Those of tests/test_gpu.py that a CPU can stand in for; a slip common to all of them has happened."""
+    skip_without_interpreter()
+    chosen = "functional_form or never_worse or gradients or (nan_and and b8) or (network_shapes and b15-1)"
+    chosen += " or (every_branch and (plain or columns) and not wide and not bfloat16 and not float32)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_stand_in", "-p", "no:cacheprovider", "-k", chosen]
+    folder = Path(__file__).parent
+    child = subprocess.run(
+        [*command, str(folder / "test_gpu.py")], cwd=folder.parent, capture_output=True, text=True, timeout=400,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    passed = re.search(r"(\d+) passed", child.stdout)
+    assert child.returncode == 0 and passed and int(passed[1]) >= 15, child.stdout[-3000:]
 
 
 @pytest.mark.parametrize(("output", "code"), [("12 passed, 1 skipped in 3.21s", 0), ("FAILED a::b - c\n1 failed", 1)])
