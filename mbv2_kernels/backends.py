@@ -138,7 +138,6 @@ def inverted_residual_triton(x: Tensor, *args: object) -> Tensor:
     return ops.inverted_residual(x, *args)
 
 
-@torch.compiler.assume_constant_result  # tracing takes the answer, and the warning is given then
 def unchecked_gpu(device: torch.device) -> str | None:
     """Why "auto" does not run the Triton kernels on this CUDA device (and warns, once); None if it does."""
     capability = _capability(device)
@@ -147,6 +146,11 @@ def unchecked_gpu(device: torch.device) -> str | None:
     reason = f'{UNCHECKED} (compute capability {capability / 10}): set_backend("triton") runs them all the same'
     _warn_once(f"fused blocks run unfused: {reason}")
     return reason
+
+
+# What torch.compiler.assume_constant_result sets (that imports half of torch.compile, and Triton): tracing takes the
+# answer as it is, and the warning is given then.
+unchecked_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
