@@ -2,6 +2,7 @@
 
     python benchmarks/targets.py --json out.json          # all of them: about ten minutes on two cores
     python benchmarks/targets.py --quick                   # the same table from fewer shapes and shorter timings
+    python benchmarks/targets.py --only networks memory    # parts of it: networks, blocks, first-call, memory, sweep
 
 Ours against ONNX Runtime and OpenVINO on the same weights, every output checked against float64 first, all timed in
 turns in one process. A peer that is not installed is named; what needs it then counts as not measured. Where one says
@@ -32,7 +33,7 @@ from mbv2_kernels._bench.machine import describe, machine
 from mbv2_kernels._bench.peers import Eager, Folded, Fused, Peer
 from mbv2_kernels._bench.suite import columns, missing_lines, peer_versions, record, write_json
 from mbv2_kernels._bench.timing import Comparison, compare
-from mbv2_kernels.cli import Parser, Progress, network_options, output_options, run, timing_options
+from mbv2_kernels.cli import Parser, Progress, network_options, output_options, run, seconds, timing_options
 from mbv2_kernels.recognise import LAYER_KINDS
 from peers import OnnxRuntime, OpenVino
 
@@ -196,6 +197,8 @@ def memory(m: Measurement) -> dict[str, Any]:
     ):
         ours, theirs = found["fused"][key], found["eager"][key]
         note = f"{ours / 2**20:.1f} / {theirs / 2**20:.1f} MiB"
+        if key == "resident":
+            note += ", torch itself in both"
         m.add(name, wanted, ours / theirs, at_most=True, note=note)
     return found
 
@@ -229,13 +232,17 @@ def targets_command(arguments: argparse.Namespace) -> int:
     steps: dict[str, Callable[[], object]] = {
         "networks": lambda: networks(m, threads, header["isa"] == "avx2", peak),
         "blocks": lambda: blocks(m, peak),
-        "first call": lambda: first_call(m),
+        "first-call": lambda: first_call(m),
         "memory": lambda: found.update(memory(m)),
         "sweep": lambda: sweep(m),
     }
+    for name in arguments.only:
+        if name not in steps:
+            raise InputError(f"--only: expected some of {', '.join(steps)}, got {name!r}")
     try:
-        for step in steps.values():
-            step()
+        for name, step in steps.items():
+            if not arguments.only or name in arguments.only:
+                step()
     finally:
         m.progress.clear()
     print(f"\n{table_of(m.targets)}")
@@ -259,7 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, whether the targets are held or missed; 1 if an output is wrong."""
     parser = Parser(prog="targets.py", description=(__doc__ or "").split("\n\n")[0], parents=[output_options()])
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter timings")
-    parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="to spend on a block (default 1)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="networks blocks first-call memory sweep")
+    parser.add_argument("--seconds", type=seconds, default=1.0, metavar="S", help="to spend on a block (default 1)")
     parser.set_defaults(run=targets_command)
     return run(parser, argv)
 

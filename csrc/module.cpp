@@ -10,6 +10,7 @@
 
 #include "core/arch.h"
 #include "core/block.h"
+#include "core/scratch.h"
 
 namespace py = pybind11;
 
@@ -56,7 +57,8 @@ double fma_peak(const std::string& tier, double seconds) {
 }
 
 // What modules of a block looked like when it was recognised, so that each call can see in a fraction of a microsecond
-// that they still do: in Python, the same look costs more than all the rest of a call.
+// that they still do: in Python, the same look costs more than all the rest of a call. Modules are referred to weakly:
+// they own the object that owns this one, and Python's garbage collector does not see into it.
 class Watch {
  public:
   // modules: (module, without_hooks, children, settings, present) each. without_hooks: no hook and no forward of its
@@ -65,10 +67,10 @@ class Watch {
   explicit Watch(const py::iterable& modules) {
     for (const py::handle entry : modules) {
       const auto fields = py::cast<py::tuple>(entry);
-      Seen seen{fields[0], py::cast<bool>(fields[1]), {}, {}, {}};
+      Seen seen{py::weakref(fields[0]), py::cast<bool>(fields[1]), {}, {}, {}};
       for (const py::handle child : fields[2]) {
         const auto pair = py::cast<py::tuple>(child);
-        seen.children.emplace_back(pair[0], pair[1]);
+        seen.children.emplace_back(pair[0], pair[1].is_none() ? py::object(pair[1]) : py::weakref(pair[1]));
       }
       for (const py::handle setting : fields[3]) {
         const auto pair = py::cast<py::tuple>(setting);
@@ -82,9 +84,11 @@ class Watch {
   // True if nothing has changed. False says "look closer": something has, or is stored in an unusual way.
   bool unchanged() const {
     for (const Seen& seen : seen_) {
-      const py::object attributes =
-          py::reinterpret_steal<py::object>(PyObject_GenericGetDict(seen.module.ptr(), nullptr));
-      if (!attributes || !PyDict_Check(attributes.ptr())) return false;
+      const py::object module = target(seen.module);
+      if (module.is_none()) return false;
+      const py::object attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
+      if (!attributes) throw py::error_already_set();
+      if (!PyDict_Check(attributes.ptr())) return false;
       if (!same(seen, attributes.ptr())) return false;
     }
     return true;
@@ -98,6 +102,18 @@ class Watch {
     Pairs children, settings;
     std::vector<py::object> present;
   };
+
+  // What a weak reference refers to; None if that is gone, or for None itself.
+  static py::object target(const py::object& reference) {
+    if (reference.is_none()) return reference;
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject* object = nullptr;
+    if (PyWeakref_GetRef(reference.ptr(), &object) < 0) throw py::error_already_set();
+    return object ? py::reinterpret_steal<py::object>(object) : py::none();
+#else
+    return py::reinterpret_borrow<py::object>(PyWeakref_GetObject(reference.ptr()));
+#endif
+  }
 
   static PyObject* find(PyObject* dict, const py::object& key) {  // borrowed; null if it is not there
     PyObject* value = dict && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key.ptr()) : nullptr;
@@ -117,7 +133,7 @@ class Watch {
       PyObject* children = find(attributes, modules_);
       if (!children || PyDict_Size(children) != static_cast<Py_ssize_t>(seen.children.size())) return false;
       for (const auto& child : seen.children)
-        if (find(children, child.first) != child.second.ptr()) return false;
+        if (find(children, child.first) != target(child.second).ptr()) return false;
     }
     for (const auto& setting : seen.settings) {
       PyObject* value = find(attributes, setting.first);
@@ -164,6 +180,7 @@ PYBIND11_MODULE(_C, m) {
         "Caps the tier; None lifts the cap. ValueError on unknown names.");
   m.def("counters", &counters, "Calls of the fused block by tier since the last reset.");
   m.def("reset_counters", &mbv2::reset_call_counts);
+  m.def("kept_bytes", &mbv2::kept_bytes, "Bytes of working memory that this thread keeps between calls.");
   m.def("fma_peak", &fma_peak, py::arg("tier"), py::arg("seconds") = 0.1,
         "GFLOP/s of one thread that does nothing but the tier's fused multiply-adds.");
   py::class_<Watch>(m, "Watch", "What the modules of a block looked like, and whether they still do.")

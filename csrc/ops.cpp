@@ -414,10 +414,9 @@ Clamp clamp_of(int64_t activation) {
   return activation == 0 ? kNoClamp : Clamp{0.0f, activation == 1 ? kInfinity : 6.0f};
 }
 
-// What lies between two steps is in one of two buffers, in turns. They stay, unless they are large: then a batch of
-// images is worth more than the time that an allocation takes.
+// What lies between two steps is in one of two buffers that stay, in turns; if it is large, in memory that is given
+// back: then a batch of images is computed, and an allocation is nothing beside it.
 constexpr int64_t kKeptFloats = 2 << 20;
-thread_local mbv2::Arena between[2];
 
 Tensor chain_packed(Tensor x_given, std::vector<Tensor> packed, std::vector<int64_t> steps) {
   check_tensor("x", x_given, 4);
@@ -438,7 +437,7 @@ Tensor chain_packed(Tensor x_given, std::vector<Tensor> packed, std::vector<int6
       Images out = call.output(nullptr, type);
       void* y;
       if (out.numel() <= kKeptFloats) {
-        y = between[i % 2].reserve(static_cast<size_t>(out.numel()));
+        y = mbv2::chain_buffer(static_cast<size_t>(i)).reserve(static_cast<size_t>(out.numel()));
       } else {
         held[i % 2] = empty_output(out.batch, out.channels, out.height, out.width, type);
         y = held[i % 2]->mutable_data_ptr();

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +77,19 @@ def test_load_state_dict_into_and_out_of_a_fused_model(net: nn.Module) -> None:
         fresh = Net().eval()
         fresh.load_state_dict(net.state_dict())
         assert torch.equal(fresh(x), expected)
+
+
+def test_a_fused_model_is_freed() -> None:
+    """What each call looks at refers to the model; that must not keep it alive."""
+    net = mbv2.fuse(randomise(Net()))
+    with torch.no_grad():
+        net(torch.randn(X))
+        for block in net.blocks:
+            block(block.conv[0].weight.new_zeros(1, block.forward.in_channels, 4, 4))
+    modules = [weakref.ref(module) for module in net.modules()]
+    del net, block
+    gc.collect()
+    assert not any(module() for module in modules)
 
 
 def test_unfuse_is_exact(net: nn.Module) -> None:

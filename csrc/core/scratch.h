@@ -25,11 +25,15 @@ class Arena {
     return data_;
   }
 
+  size_t bytes() const { return size_ * sizeof(float); }
+
  private:
   float* data_ = nullptr;
   size_t size_ = 0;
 };
 
-Arena& thread_scratch();  // the calling thread's
+Arena& thread_scratch();            // the calling thread's
+Arena& chain_buffer(size_t index);  // the same, for what lies between the steps of a chain: two buffers in turns
+size_t kept_bytes();                // of the calling thread's scratch and chain buffers
 
 }  // namespace mbv2

@@ -207,12 +207,14 @@ def compare(
 
 @torch.no_grad()
 def activation_peak(run: Run) -> int:
-    """The most bytes of torch's CPU allocator that one call of `run` holds at a time, weights and input not included.
+    """The most bytes that one call of `run` holds at a time, weights and input not included.
 
-    What a kernel takes from elsewhere (its own arena, oneDNN's scratchpads) does not show here, only in the process's
-    resident memory.
+    Of torch's CPU allocator and of what our kernels keep in the calling thread. What others take from elsewhere
+    (oneDNN's scratchpads) shows only in the process's resident memory.
     """
     from torch.profiler import ProfilerActivity, profile
+
+    from .. import _C
 
     run()  # first call: packing, caches
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -222,4 +224,4 @@ def activation_peak(run: Run) -> int:
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return peak + _C.kept_bytes()
