@@ -115,7 +115,7 @@ def expected(x: Tensor, weights: list[Tensor | None], *, threads: int = 1, **con
         ((16, 48, 16), (11, 12), 5, {"padding": 2, "stride": 2}),
         ((16, 48, 16), (9, 9), 3, {"padding": 2, "dilation": 2}),
         # Two threads: hidden channels split, and rows.
-        ((32, 192, 32), (4, 4), 3, {"threads": 2}),
+        ((64, 384, 32), (4, 4), 3, {"threads": 2}),
         ((8, 32, 8), (21, 21), 3, {"threads": 2}),
     ],
 )

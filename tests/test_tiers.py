@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocks import BOUNDS, make_weights, relative_error
 from torch import Tensor
 
 from mbv2_kernels import _C, reference
@@ -135,6 +136,24 @@ def test_forced_tier_runs(tier: str, dtype: torch.dtype) -> None:
     expected = reference.inverted_residual(x.double(), *(weight.double() for weight in weights))
     bound = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     assert (y.double() - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("channels", "size"),
+    [((64, 384, 32), 4), ((8, 32, 8), 21)],
+    ids=["hidden channels shared out", "rows shared out"],
+)
+@pytest.mark.parametrize("tier", TIERS)
+def test_threads_share_a_block(tier: str, channels: tuple[int, int, int], size: int, threads: int) -> None:
+    """Both ways in which two threads share one image, and one thread alone."""
+    needs(tier)
+    x, weights = torch.randn(1, channels[0], size, size), make_weights(*channels)
+    _C.set_max_isa(tier)
+    torch.set_num_threads(threads)
+    y = torch.ops.mbv2.inverted_residual(x, *weights, *CONFIG)
+    expected = reference.inverted_residual(x.double(), *(weight.double() for weight in weights))
+    assert relative_error(y, expected) < BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("tier", TIERS)

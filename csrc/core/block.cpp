@@ -116,7 +116,8 @@ Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
     const int64_t parts = threads / greatest_common_divisor(a.batch, threads);
     const int64_t rows_twice = reach > a.stride ? reach - a.stride : 0;
     const int64_t row_cost = d.expand ? rows_twice * a.width * d.in_channels * d.hidden_channels : 0;
-    const int64_t split_cost = 8 * parts * a.out_height * a.out_width * l.out_padded;
+    // A partial sum costs as much as 48 multiply-adds (csrc/TUNING.md): one thread adds up what others' caches hold.
+    const int64_t split_cost = 48 * parts * a.out_height * a.out_width * l.out_padded;
     if (ceil_divide(l.hidden_padded, panel) >= parts && split_cost < row_cost)
       p.splits = parts;
     else
