@@ -1,0 +1,266 @@
+"""The phases of a training step in plain PyTorch operations: the oracle of the ops `mbv2::train_...`.
+
+With batch statistics a block cannot run in one sweep: a BatchNorm's mean and variance must be complete, and summed over
+all processes, before the layer after it can start. So a step is a chain of phases, each one op, with arithmetic on a
+few vectors [channels] in between (`training.py`):
+
+    forward    train_gram -> train_depthwise -> train_project -> train_finish
+    backward   train_finish_backward -> train_project_backward -> train_depthwise_backward -> train_input_backward
+
+Every function here takes and returns what the op of its name does, at any floating point dtype and on any device; the
+kernels compute in float32, this computes in float32 or, for float64 tensors, in float64.
+
+    x  [N, Cin, H, W]      the block's input, any strides
+    d  [N, C, Ho, Wo]      what the depthwise convolution gives, before its bias and BatchNorm
+    z  [N, Cout, Ho, Wo]   what the projection gives, before its bias and BatchNorm
+    w1 [C, Cin], b1 [C]    the expand convolution with its BatchNorm folded in; None, None: no expand layer, C = Cin
+    wd [C, 1, k, k], w2 [Cout, C]
+
+    e = activation(w1 x + b1)                 x itself without an expand layer; 0 around the image
+    d = depthwise(e, wd)
+    h = activation(d * scale2 + shift2)       scale and shift: the BatchNorm and the bias between the two, [channels]
+    z = w2 h
+    y = final_activation(z * scale3 + shift3) (+ x)
+
+Activations have x's dtype, so have d, z and gx. Weights, vectors and gradients of weights are float32, sums over pixels
+float64. `d` None means: compute it again from x. All results are dense, images channels_last. What `needs` does not ask
+for comes as an empty tensor [0].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import _activate, _activation_backward, _convolution_backward, _pads
+
+
+class _Config(NamedTuple):
+    stride: int
+    padding: int
+    dilation: int
+    activation: str
+
+
+def train_gram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over all pixels of x and of x xᵀ: float64 [Cin] and [Cin, Cin].
+
+    They give mean and variance of every linear function of x, so the expand layer's batch statistics need no expanded
+    tensor.
+    """
+    pixels = _rows(x.double())
+    return pixels.sum(0), pixels.T @ pixels
+
+
+def train_depthwise(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    wd: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d, or an empty tensor without `keep`; sums over pixels of d and d² before d is rounded: float64 [C]."""
+    d = _depthwise(x, w1, b1, wd, _Config(stride, padding, dilation, activation))
+    return _image(d, x.dtype) if keep else x.new_empty(0), *_sums(d)
+
+
+def train_project(
+    x: Tensor,
+    d: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    wd: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    w2: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z; sums over pixels of z and z² before z is rounded: float64 [Cout]."""
+    d = _depthwise(x, w1, b1, wd, _Config(stride, padding, dilation, activation)) if d is None else _wide(d)
+    z = F.conv2d(_activate(_affine(d, scale2, shift2), activation), w2[:, :, None, None])
+    return _image(z, x.dtype), *_sums(z)
+
+
+def train_finish(z: Tensor, x: Tensor | None, scale3: Tensor, shift3: Tensor, final_activation: str) -> Tensor:
+    """The block's output; x is added if it is given."""
+    y = _activate(_affine(_wide(z), scale3, shift3), final_activation)
+    return _image(y if x is None else y + x, z.dtype)
+
+
+def train_finish_backward(
+    gy: Tensor, z: Tensor, scale3: Tensor, shift3: Tensor, final_activation: str
+) -> tuple[Tensor, Tensor]:
+    """With g the gradient before the final activation: sums over pixels of g and g * z, float64 [Cout]."""
+    g = _final_backward(gy, z, scale3, shift3, final_activation)
+    return _rows(g.double()).sum(0), _rows(g.double() * z).sum(0)
+
+
+def train_project_backward(
+    gy: Tensor,
+    z: Tensor,
+    scale3: Tensor,
+    shift3: Tensor,
+    a3: Tensor,
+    b3: Tensor,
+    c3: Tensor,
+    final_activation: str,
+    x: Tensor,
+    d: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    wd: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    w2: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    activation: str,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of w2 [Cout, C] if needs[0]; sums over pixels of g2 and g2 * d, float64 [C], if needs[1].
+
+    gz = a3 * g + b3 * z + c3 is the gradient of z (through its BatchNorm), g2 = w2ᵀ gz where h is not clamped.
+    """
+    need_w2, need_sums = needs
+    d = _depthwise(x, w1, b1, wd, _Config(stride, padding, dilation, activation)) if d is None else _wide(d)
+    before = _affine(d, scale2, shift2)
+    gz = _z_backward(gy, z, scale3, shift3, a3, b3, c3, final_activation)
+    gh, gw2, _ = _convolution_backward(
+        gz, _activate(before, activation), w2[:, :, None, None], (need_sums, need_w2, False)
+    )
+    none = x.new_empty(0)
+    gw2 = gw2.flatten(1).contiguous() if need_w2 else none
+    if not need_sums:
+        return gw2, none, none
+    g2 = _activation_backward(gh, before, activation)
+    return gw2, _rows(g2.double()).sum(0), _rows(g2.double() * d).sum(0)
+
+
+def train_depthwise_backward(
+    gy: Tensor,
+    z: Tensor,
+    scale3: Tensor,
+    shift3: Tensor,
+    a3: Tensor,
+    b3: Tensor,
+    c3: Tensor,
+    final_activation: str,
+    x: Tensor,
+    d: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    wd: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    c2: Tensor,
+    w2: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    activation: str,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """G like x but float32, the gradient of wd, T [C, Cin] and the sum over pixels of g1, float64 [C].
+
+    gd = a2 * g2 + b2 * d + c2 is the gradient of d (through its BatchNorm), ge that of e, g1 = ge where e is not
+    clamped. G = w1ᵀ g1 and T = g1 xᵀ, summed over pixels: what the gradients of x and of w1 are made of. Without an
+    expand layer G = ge, and T and the sum are empty. needs[0]: G, T and the sum; needs[1]: the gradient of wd.
+    """
+    need_x, need_wd = needs
+    config = _Config(stride, padding, dilation, activation)
+    expanded, e = _expand(x, w1, b1, activation)
+    pads = _pads(e, wd, *config[:3])
+    padded = F.pad(e, pads)
+    d = _filter(padded, wd, config) if d is None else _wide(d)
+    gz = _z_backward(gy, z, scale3, shift3, a3, b3, c3, final_activation)
+    gh = F.conv_transpose2d(gz, w2[:, :, None, None])
+    g2 = _activation_backward(gh, _affine(d, scale2, shift2), activation)
+    gd = _affine(g2, a2, c2) + d * _vector(b2, d)
+    g_padded, gwd, _ = _convolution_backward(gd, padded, wd, (need_x, need_wd, False), stride, dilation, wd.shape[0])
+    none = x.new_empty(0)
+    gwd = gwd.contiguous() if need_wd else none
+    if not need_x:
+        return none, gwd, none, none
+    left, right, top, bottom = pads
+    g1 = F.pad(g_padded, (-left, -right, -top, -bottom))
+    if w1 is None:
+        return _image(g1, g1.dtype), gwd, none, none
+    g1 = _activation_backward(g1, expanded, activation)
+    t = _rows(g1).T @ _rows(_wide(x))
+    return _image(F.conv_transpose2d(g1, w1[:, :, None, None]), g1.dtype), gwd, t, _rows(g1.double()).sum(0)
+
+
+def train_input_backward(g: Tensor, x: Tensor, m: Tensor | None, c0: Tensor | None, gy: Tensor | None) -> Tensor:
+    """The gradient of x in x's dtype: G - m x - c0 (+ gy); m [Cin, Cin] and c0 [Cin] are given or None together."""
+    gx = g
+    if m is not None and c0 is not None:
+        gx = gx - F.conv2d(_wide(x), m[:, :, None, None], c0)
+    return _image(gx if gy is None else gx + gy, x.dtype)
+
+
+def _expand(x: Tensor, w1: Tensor | None, b1: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    """What the expand layer's activation sees, and what it gives."""
+    if w1 is None:
+        return _wide(x), _wide(x)
+    expanded = F.conv2d(_wide(x), w1[:, :, None, None], b1)
+    return expanded, _activate(expanded, activation)
+
+
+def _depthwise(x: Tensor, w1: Tensor | None, b1: Tensor | None, wd: Tensor, config: _Config) -> Tensor:
+    _, e = _expand(x, w1, b1, config.activation)
+    return _filter(F.pad(e, _pads(e, wd, *config[:3])), wd, config)
+
+
+def _filter(padded: Tensor, wd: Tensor, config: _Config) -> Tensor:
+    return F.conv2d(padded, wd, None, config.stride, 0, config.dilation, groups=wd.shape[0])
+
+
+def _final_backward(gy: Tensor, z: Tensor, scale3: Tensor, shift3: Tensor, final_activation: str) -> Tensor:
+    return _activation_backward(_wide(gy), _affine(_wide(z), scale3, shift3), final_activation)
+
+
+def _z_backward(
+    gy: Tensor, z: Tensor, scale3: Tensor, shift3: Tensor, a3: Tensor, b3: Tensor, c3: Tensor, final_activation: str
+) -> Tensor:
+    g = _final_backward(gy, z, scale3, shift3, final_activation)
+    return _affine(g, a3, c3) + _wide(z) * _vector(b3, g)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype that is computed in: the kernels' float32, or float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _vector(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.to(like.dtype)[:, None, None]
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x * _vector(scale, x) + _vector(shift, x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] as [N H W, C]: a row for each pixel."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    pixels = _rows(x.double())
+    return pixels.sum(0), pixels.square().sum(0)
+
+
+def _image(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
