@@ -116,8 +116,10 @@ class NinjaBuild(build_ext):
         print(f"mbv2_kernels: {shlex.join(compiler)}, torch {torch.version} in {torch.root}, tiers {', '.join(tiers)}")
 
         # Each layer sees the headers it may use and no others: the core none but its own.
+        torch_flags = [TORCH_TARGET, *include_flags(torch.include)]
         layer_flags = {
-            "ops.cpp": [TORCH_TARGET, *include_flags(torch.include)],
+            "ops.cpp": torch_flags,
+            "train_ops.cpp": torch_flags,
             "module.cpp": include_flags(pybind11.get_include(), python_include),
         }
         user_flags = shlex.split(os.environ.get("CPPFLAGS", "")) + shlex.split(os.environ.get("CXXFLAGS", ""))

@@ -2,18 +2,15 @@
 // built against one torch runs on the next. The schemas are here; fakes, autograd and autocast are in
 // _registrations.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "core/block.h"
 #include "core/conv.h"
 #include "core/scratch.h"
@@ -23,32 +20,24 @@ namespace {
 
 using mbv2::BlockArgs;
 using mbv2::BlockDims;
+using mbv2::check;
+using mbv2::check_geometry;
+using mbv2::check_tensor;
 using mbv2::Clamp;
+using mbv2::clamp_of;
 using mbv2::ConvDims;
-using mbv2::DType;
+using mbv2::empty;
+using mbv2::empty_image;
+using mbv2::kInfinity;
+using mbv2::kNoClamp;
+using mbv2::MemoryFormat;
+using mbv2::OptionalTensor;
+using mbv2::out_size;
+using mbv2::ScalarType;
+using mbv2::shape_of;
+using mbv2::storage_type;
+using mbv2::Tensor;
 using mbv2::Tier;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Plain words instead of STD_TORCH_CHECK, whose text begins with a source path.
-template <class... Words>
-void check(bool ok, const Words&... words) {
-  if (ok) return;
-  std::ostringstream text;
-  text << "mbv2: ";
-  (text << ... << words);
-  throw std::runtime_error(text.str());
-}
-
-std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << "]";
-  return text.str();
-}
 
 // Images in memory: a tensor's, or what one step of a chain leaves for the next.
 struct Images {
@@ -64,39 +53,6 @@ std::string shape_of(const Images& x) {
   std::ostringstream text;
   text << "[" << x.batch << ", " << x.channels << ", " << x.height << ", " << x.width << "]";
   return text.str();
-}
-
-bool storage_type(ScalarType type, DType* out) {
-  switch (type) {
-    case ScalarType::Float:
-      *out = DType::f32;
-      return true;
-    case ScalarType::BFloat16:
-      *out = DType::bf16;
-      return true;
-    case ScalarType::Half:
-      *out = DType::f16;
-      return true;
-    default:
-      return false;
-  }
-}
-
-void check_tensor(const char* name, const Tensor& t, int64_t dims) {
-  DType unused;
-  check(t.is_cpu(), name, " must be a CPU tensor here");
-  check(storage_type(t.scalar_type(), &unused), name, " must be float32, bfloat16 or float16");
-  check(t.dim() == dims, name, " must have ", dims, " dimensions, got shape ", shape_of(t));
-}
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr Clamp kNoClamp{-kInfinity, kInfinity};
-
-Clamp clamp_of(const char* name, const std::string& activation) {
-  if (activation == "none") return kNoClamp;
-  if (activation == "relu") return {0.0f, kInfinity};
-  check(activation == "relu6", name, " must be 'none', 'relu' or 'relu6', got '", activation, "'");
-  return {0.0f, 6.0f};
 }
 
 Tensor plain(const Tensor& t) {
@@ -156,45 +112,12 @@ Weights checked_weights(const OptionalTensor& w_expand, const OptionalTensor& b_
           plain_bias("b_project", b_project, out)};
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType type) {
-  AtenTensorHandle handle;
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
-                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 Tensor packed_from(const Weights& weights) {
   const Tier tier = mbv2::active_tier();
   const int64_t size = mbv2::packed_layout(weights.dims, tier).size;
   Tensor packed = empty({size}, {1}, ScalarType::Float);
   mbv2::pack(weights.dims, weights.raw(), tier, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
-}
-
-// Output size along one axis and the padding before it; padding -1 is "same" as TensorFlow means it.
-int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t* before) {
-  const int64_t reach = (kernel - 1) * dilation + 1;
-  if (padding < 0) {
-    const int64_t out = (in + stride - 1) / stride, total = (out - 1) * stride + reach - in;
-    *before = total > 0 ? total / 2 : 0;
-    return out;
-  }
-  *before = padding;
-  const int64_t span = in + 2 * padding - reach;
-  return span < 0 ? 0 : span / stride + 1;
-}
-
-// Dense channels_last memory for y.
-Tensor empty_output(int64_t batch, int64_t channels, int64_t height, int64_t width, ScalarType type) {
-  return empty({batch, channels, height, width}, {height * width * channels, 1, width * channels, channels}, type);
-}
-
-void check_geometry(int64_t stride, int64_t padding, int64_t dilation) {
-  constexpr int64_t kMost = 1 << 20;
-  check(stride >= 1 && stride <= kMost, "stride must be at least 1, got ", stride);
-  check(dilation >= 1 && dilation <= kMost, "dilation must be at least 1, got ", dilation);
-  check(padding >= -1 && padding <= kMost, "padding must be at least 0, or -1 for 'same', got ", padding);
 }
 
 bool is_packed_array(const Tensor& packed) {
@@ -251,7 +174,7 @@ struct ConvCall {
 template <class Call>
 Tensor run_into_tensor(Call call, ScalarType type) {
   const Images out = call.output(nullptr, type);
-  Tensor y = empty_output(out.batch, out.channels, out.height, out.width, type);
+  Tensor y = empty_image(out.batch, out.channels, out.height, out.width, type);
   if (out.numel() > 0) call.run(y.mutable_data_ptr());
   return y;
 }
@@ -439,7 +362,7 @@ Tensor chain_packed(Tensor x_given, std::vector<Tensor> packed, std::vector<int6
       if (out.numel() <= kKeptFloats) {
         y = mbv2::chain_buffer(static_cast<size_t>(i)).reserve(static_cast<size_t>(out.numel()));
       } else {
-        held[i % 2] = empty_output(out.batch, out.channels, out.height, out.width, type);
+        held[i % 2] = empty_image(out.batch, out.channels, out.height, out.width, type);
         y = held[i % 2]->mutable_data_ptr();
       }
       if (out.numel() > 0) call.run(y);

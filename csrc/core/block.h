@@ -107,6 +107,10 @@ struct WorkItem {
 struct ConvArgs;  // conv.h
 struct ConvLayout;
 struct ConvItem;
+struct TrainArgs;  // train.h
+struct TrainLayout;
+struct TrainPlan;
+struct TrainItem;
 
 struct TierKernels {
   int vector;     // floats a vector
@@ -118,6 +122,9 @@ struct TierKernels {
                  int64_t stride);
   size_t (*conv_scratch_floats)(const ConvArgs&, const ConvLayout&);
   void (*conv_work)(const ConvArgs&, const ConvLayout&, const ConvItem&, float* scratch);
+  size_t (*train_scratch_floats)(const TrainArgs&, const TrainLayout&, const TrainPlan&);
+  void (*train_work)(const TrainArgs&, const TrainLayout&, const TrainPlan&, const TrainItem&, const float* packed,
+                     float* scratch);
   // `iterations` times kFmaChains independent multiply-adds a lane; the value returned only keeps them alive
   float (*fma_chains)(int64_t iterations);
 };

@@ -9,23 +9,6 @@ namespace {
 
 constexpr uint32_t kMagic = 0x6d627632;  // "mbv2"
 
-// dst[panel][depth][panel width] = src[channel][depth], `rows` source channels, zeros behind them.
-void pack_panels(const float* src, int64_t channels, int64_t depth, int64_t padded, int64_t panel, float* dst) {
-  for (int64_t first = 0; first < padded; first += panel) {
-    const int64_t width = first + panel <= padded ? panel : padded - first;
-    for (int64_t c = 0; c < width; ++c) {
-      float* to = dst + c;
-      if (first + c < channels) {
-        const float* from = src + (first + c) * depth;
-        for (int64_t k = 0; k < depth; ++k) to[k * width] = from[k];
-      } else {
-        for (int64_t k = 0; k < depth; ++k) to[k * width] = 0;
-      }
-    }
-    dst += depth * width;
-  }
-}
-
 void pack_bias(const float* bias, int64_t channels, int64_t padded, float* dst) {
   for (int64_t c = 0; c < padded; ++c) dst[c] = bias && c < channels ? bias[c] : 0.0f;
 }
@@ -41,7 +24,26 @@ PackedHeader header_for(const BlockDims& d, Tier tier) {
           0};
 }
 
+// A plain matrix [channel][depth].
+void pack_matrix(const float* src, int64_t channels, int64_t depth, int64_t padded, int64_t panel, float* dst) {
+  const PanelMatrix matrix{src, channels, depth, depth, 1, padded, panel, dst};
+  pack_panels(matrix, 0, panel_count(matrix));
+}
+
 }  // namespace
+
+void pack_panels(const PanelMatrix& m, int64_t panel_begin, int64_t panel_end) {
+  for (int64_t first = panel_begin * m.panel; first < m.padded && first < panel_end * m.panel; first += m.panel) {
+    const int64_t width = first + m.panel <= m.padded ? m.panel : m.padded - first;
+    const int64_t given = first + width <= m.channels ? width : m.channels > first ? m.channels - first : 0;
+    float* to = m.dst + first * m.depth;
+    for (int64_t k = 0; k < m.depth; ++k, to += width) {
+      const float* from = m.src + first * m.channel_stride + k * m.depth_stride;
+      for (int64_t c = 0; c < given; ++c) to[c] = from[c * m.channel_stride];
+      for (int64_t c = given; c < width; ++c) to[c] = 0;
+    }
+  }
+}
 
 // The panel width that leaves no narrow rest if there is one, else the widest: a tile of one or two vectors loads a
 // pixel for every one or two multiply-adds, a tile of three or four for every three or four.
@@ -93,13 +95,13 @@ void pack(const BlockDims& d, const RawWeights& raw, Tier tier, float* packed) {
   std::memset(packed, 0, static_cast<size_t>(l.size) * sizeof(float));
   std::memcpy(packed, &header, sizeof header);
   if (d.expand) {
-    pack_panels(raw.w_expand, d.hidden_channels, d.in_channels, l.hidden_padded, l.hidden_panel * l.vector,
+    pack_matrix(raw.w_expand, d.hidden_channels, d.in_channels, l.hidden_padded, l.hidden_panel * l.vector,
                 packed + l.w1);
     pack_bias(raw.b_expand, d.hidden_channels, l.hidden_padded, packed + l.b1);
   }
-  pack_panels(raw.w_depthwise, d.hidden_channels, d.kernel * d.kernel, l.hidden_padded, l.vector, packed + l.wd);
+  pack_matrix(raw.w_depthwise, d.hidden_channels, d.kernel * d.kernel, l.hidden_padded, l.vector, packed + l.wd);
   pack_bias(raw.b_depthwise, d.hidden_channels, l.hidden_padded, packed + l.b2);
-  pack_panels(raw.w_project, d.out_channels, d.hidden_channels, l.out_padded, l.out_panel * l.vector, packed + l.w2);
+  pack_matrix(raw.w_project, d.out_channels, d.hidden_channels, l.out_padded, l.out_panel * l.vector, packed + l.w2);
   pack_bias(raw.b_project, d.out_channels, l.out_padded, packed + l.b3);
 }
 

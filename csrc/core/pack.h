@@ -21,6 +21,16 @@ static_assert(sizeof(PackedHeader) <= kPackedHeader * sizeof(float), "the header
 // False when the array is too short, was not made for `magic`, or names a tier that cannot run here.
 bool read_header(const float* packed, int64_t size, uint32_t magic, PackedHeader* header, Tier* tier);
 
+// A matrix in panels of `panel` channels, dst[panel][depth][channel], zeros in the channels behind the last.
+struct PanelMatrix {
+  const float* src;  // src[channel * channel_stride + k * depth_stride]
+  int64_t channels, depth, channel_stride, depth_stride;
+  int64_t padded, panel;  // in floats
+  float* dst;
+};
+inline int64_t panel_count(const PanelMatrix& m) { return ceil_divide(m.padded, m.panel); }
+void pack_panels(const PanelMatrix& matrix, int64_t panel_begin, int64_t panel_end);
+
 // The panel width, in vectors, for a matrix `vectors` wide.
 int panel_width(int64_t vectors, int widest);
 

@@ -4,6 +4,7 @@
 
 #include "block.h"
 #include "conv.h"
+#include "train.h"
 
 namespace mbv2 {
 namespace {
@@ -14,6 +15,7 @@ struct V {
   static constexpr int kMaxPanel = 2;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 4, 4};
   static constexpr int kMaxRun = 4;
+  static constexpr int kMaxBackwardRun = 4;
 
 #define V_INLINE static inline __attribute__((always_inline))
 #define LANES for (int i = 0; i < width; ++i)
@@ -23,10 +25,17 @@ struct V {
   V_INLINE T broadcast(const float* p) { return set(*p); }
   V_INLINE T fma(T a, T b, T c) { return c + a * b; }
   V_INLINE T add(T a, T b) { return a + b; }
+  V_INLINE T sub(T a, T b) { return a - b; }
   // Comparisons with NaN are false, so NaN stays.
   V_INLINE T clamp(T v, T lo, T hi) {
     v = v < lo ? lo : v;
     return v > hi ? hi : v;
+  }
+  // Zero where v <= lo or v >= hi, else g; g where v, lo or hi is NaN.
+  V_INLINE T keep(T g, T v, T lo, T hi) {
+    const T zero = {};
+    g = v <= lo ? zero : g;
+    return v >= hi ? zero : g;
   }
   V_INLINE T load(const float* p, int n) {
     T v = {};
@@ -97,11 +106,13 @@ struct V {
 
 #include "block_generic.h"
 #include "conv_generic.h"
+#include "train_generic.h"
 
 }  // namespace
 
 extern const TierKernels kernels_portable;
-const TierKernels kernels_portable = {V::width, V::kMaxPanel,        scratch_floats, work,
-                                      finish,   conv_scratch_floats, conv_work,      fma_chains};
+const TierKernels kernels_portable = {V::width,   V::kMaxPanel,        scratch_floats, work,
+                                      finish,     conv_scratch_floats, conv_work,      train_scratch_floats,
+                                      train_work, fma_chains};
 
 }  // namespace mbv2

@@ -4,6 +4,7 @@
 
 #include "block.h"
 #include "conv.h"
+#include "train.h"
 
 namespace mbv2 {
 namespace {
@@ -13,7 +14,8 @@ struct V {
   static constexpr int width = 8;
   static constexpr int kMaxPanel = 3;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 6, 4};
-  static constexpr int kMaxRun = 8;  // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
+  static constexpr int kMaxRun = 8;          // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
+  static constexpr int kMaxBackwardRun = 6;  // 6 accumulators, 6 pixels of e, a weight and its sum, a pixel of gd
 
 #define V_INLINE static inline __attribute__((always_inline))
   V_INLINE T set(float v) { return _mm256_set1_ps(v); }
@@ -27,8 +29,13 @@ struct V {
     return c;
   }
   V_INLINE T add(T a, T b) { return _mm256_add_ps(a, b); }
+  V_INLINE T sub(T a, T b) { return _mm256_sub_ps(a, b); }
   // maxps and minps return their second operand when one is NaN: v stands second so that its NaN survives.
   V_INLINE T clamp(T v, T lo, T hi) { return _mm256_min_ps(hi, _mm256_max_ps(lo, v)); }
+  // Zero where v <= lo or v >= hi, else g; g where v, lo or hi is NaN.
+  V_INLINE T keep(T g, T v, T lo, T hi) {
+    return _mm256_andnot_ps(_mm256_or_ps(_mm256_cmp_ps(v, lo, _CMP_LE_OQ), _mm256_cmp_ps(v, hi, _CMP_GE_OQ)), g);
+  }
 
   V_INLINE __m256i first(int n) {  // all bits set in the first n lanes, 0 <= n <= 8
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -64,11 +71,13 @@ struct V {
 
 #include "block_generic.h"
 #include "conv_generic.h"
+#include "train_generic.h"
 
 }  // namespace
 
 extern const TierKernels kernels_avx2;
-const TierKernels kernels_avx2 = {V::width, V::kMaxPanel,        scratch_floats, work,
-                                  finish,   conv_scratch_floats, conv_work,      fma_chains};
+const TierKernels kernels_avx2 = {V::width,   V::kMaxPanel,        scratch_floats, work,
+                                  finish,     conv_scratch_floats, conv_work,      train_scratch_floats,
+                                  train_work, fma_chains};
 
 }  // namespace mbv2

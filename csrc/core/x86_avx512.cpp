@@ -4,6 +4,7 @@
 
 #include "block.h"
 #include "conv.h"
+#include "train.h"
 
 namespace mbv2 {
 namespace {
@@ -13,7 +14,8 @@ struct V {
   static constexpr int width = 16;
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
-  static constexpr int kMaxRun = 8;  // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
+  static constexpr int kMaxRun = 8;          // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
+  static constexpr int kMaxBackwardRun = 8;  // 8 accumulators, 8 pixels of e, a weight and its sum, a pixel of gd
 
 #define V_INLINE static inline __attribute__((always_inline))
   V_INLINE T set(float v) { return _mm512_set1_ps(v); }
@@ -30,8 +32,14 @@ struct V {
   V_INLINE T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
 #endif
   V_INLINE T add(T a, T b) { return _mm512_add_ps(a, b); }
+  V_INLINE T sub(T a, T b) { return _mm512_sub_ps(a, b); }
   // maxps and minps return their second operand when one is NaN: v stands second so that its NaN survives.
   V_INLINE T clamp(T v, T lo, T hi) { return _mm512_min_ps(hi, _mm512_max_ps(lo, v)); }
+  // Zero where v <= lo or v >= hi, else g; g where v, lo or hi is NaN.
+  V_INLINE T keep(T g, T v, T lo, T hi) {
+    const __mmask16 closed = _mm512_cmp_ps_mask(v, lo, _CMP_LE_OQ) | _mm512_cmp_ps_mask(v, hi, _CMP_GE_OQ);
+    return _mm512_mask_mov_ps(g, closed, _mm512_setzero_ps());
+  }
 
   V_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }  // the first n lanes, 0 <= n <= 16
   V_INLINE T load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
@@ -63,11 +71,13 @@ struct V {
 
 #include "block_generic.h"
 #include "conv_generic.h"
+#include "train_generic.h"
 
 }  // namespace
 
 extern const TierKernels kernels_avx512;
-const TierKernels kernels_avx512 = {V::width, V::kMaxPanel,        scratch_floats, work,
-                                    finish,   conv_scratch_floats, conv_work,      fma_chains};
+const TierKernels kernels_avx512 = {V::width,   V::kMaxPanel,        scratch_floats, work,
+                                    finish,     conv_scratch_floats, conv_work,      train_scratch_floats,
+                                    train_work, fma_chains};
 
 }  // namespace mbv2

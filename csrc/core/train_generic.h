@@ -1,0 +1,955 @@
+// A training step's phases over the register tiles of tile_generic.h, which says what may not be done here.
+//
+// Data flow of one item of the phases with hidden channels:
+//
+//   for each part of an image
+//     gz = a3 * g3 + b3 * z + c3                          backward; all of the part, [pixel][out padded], L2
+//     for each chunk of hidden channels
+//       for each group of rows
+//         expand     x rows -> ring of e                  [pixel][pitch]
+//         depthwise  ring of e -> d                       or d is read
+//         project             d -> h;  z += w2 h
+//         project_backward    d -> h, g2;  gw2 += gz h^T
+//         depthwise_backward  d -> ring of gd;  ring of gd, e -> g1, gwd;  t += g1 x^T;  g += w1^T g1
+//
+// No #pragma once: included once a tier.
+
+// ---- Outer products -------------------------------------------------------------------------------------------------
+
+// sums[i][j] += sum_p a[p][i] * b[p][j]: a tile of a product whose depth are pixels. Pixels are lda and ldb floats
+// apart.
+template <int Height, int Panel>
+NOINLINE void outer_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t pixels, float* sums,
+                         int64_t pitch) {
+  V::T acc[Height][Panel];
+  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::set(0);
+  const auto pixel = [&](const float* at_a, const float* at_b) __attribute__((always_inline)) {
+    V::T w[Panel];
+    UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(at_b + j * V::width);
+    UNROLL for (int i = 0; i < Height; ++i) {
+      const V::T p = V::broadcast(at_a + i);
+      UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::fma(p, w[j], acc[i][j]);
+    }
+  };
+  for (; pixels >= 2; pixels -= 2, a += 2 * lda, b += 2 * ldb) {
+    pixel(a, b);
+    pixel(a + lda, b + ldb);
+  }
+  if (pixels) pixel(a, b);
+  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) {
+    float* to = sums + i * pitch + j * V::width;
+    V::store(to, V::add(V::load(to), acc[i][j]));
+  }
+}
+
+template <int Panel, int Height>
+ALWAYS_INLINE void outer_tile_of_height(int64_t height, const float* a, int64_t lda, const float* b, int64_t ldb,
+                                        int64_t pixels, float* sums, int64_t pitch) {
+  if constexpr (Height >= 1) {
+    if (height == Height)
+      outer_tile<Height, Panel>(a, lda, b, ldb, pixels, sums, pitch);
+    else
+      outer_tile_of_height<Panel, Height - 1>(height, a, lda, b, ldb, pixels, sums, pitch);
+  }
+}
+
+// `rows` channels of a against `width` vectors of b, in tiles as equal as can be.
+template <int Panel>
+ALWAYS_INLINE void outer_product_of_width(int64_t width, const float* a, int64_t lda, int64_t rows, const float* b,
+                                          int64_t ldb, int64_t pixels, float* sums, int64_t pitch) {
+  if constexpr (Panel >= 1) {
+    if (width != Panel) return outer_product_of_width<Panel - 1>(width, a, lda, rows, b, ldb, pixels, sums, pitch);
+    const int64_t count = ceil_div(rows, V::kMaxRows[Panel]);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
+      outer_tile_of_height<Panel, V::kMaxRows[Panel]>(end - begin, a + begin, lda, b, ldb, pixels, sums + begin * pitch,
+                                                      pitch);
+    }
+  }
+}
+NOINLINE void outer_product(int64_t width, const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb,
+                            int64_t pixels, float* sums, int64_t pitch) {
+  outer_product_of_width<V::kMaxPanel>(width, a, lda, rows, b, ldb, pixels, sums, pitch);
+}
+
+// ---- Depthwise, backward --------------------------------------------------------------------------------------------
+
+// The values between which an activation lets gradients through. An open side is NaN: no comparison with it is true,
+// so that a gradient also gets through at infinity.
+struct Open {
+  V::T lo, hi;
+  explicit Open(Clamp c)
+      : lo(V::set(c.lo > -kInfinity ? c.lo : __builtin_nanf(""))),
+        hi(V::set(c.hi < kInfinity ? c.hi : __builtin_nanf(""))) {}
+  ALWAYS_INLINE V::T keep(V::T gradient, V::T value) const { return V::keep(gradient, value, lo, hi); }
+};
+
+// A tap of the kernel that some columns of e have a part in: gd's pixel under the first of these columns.
+struct Tap {
+  const float* g;
+  int64_t weight;  // offset of its weight within a vector's k * k
+};
+
+// Columns of a row of e that are `stride` apart, so that all have the same taps, and gd's pixels under them adjoin.
+struct DepthwiseBackward {
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t g_pitch;
+  const float* e;
+  int64_t e_pitch;
+  float* out;  // g1
+  int64_t out_pitch;
+  int64_t vectors, window;    // of channels; floats of a vector's k * k weights
+  const float* weights;       // [vector][k*k][V::width]
+  float *weight_sums, *sums;  // the same, [vector][V::width]: gwd, sum g1
+  Open open;
+};
+
+template <int Count>
+ALWAYS_INLINE void depthwise_backward_run(const DepthwiseBackward& r, int64_t column, int64_t vector) {
+  constexpr int kBases = (Count + 2) / 3;  // as in tile()
+  V::T acc[Count], e[Count];
+  {
+    const float* base[kBases];
+    UNROLL for (int i = 0; i < kBases; ++i) base[i] = r.e + (column + 3 * i) * r.e_pitch + vector * V::width;
+    UNROLL for (int u = 0; u < Count; ++u) e[u] = V::load(base[u / 3] + (u % 3) * r.e_pitch);
+  }
+  UNROLL for (int u = 0; u < Count; ++u) acc[u] = V::set(0);
+  const float* weights = r.weights + vector * r.window;
+  float* weight_sums = r.weight_sums + vector * r.window;
+  const int64_t at = column * r.g_pitch + vector * V::width;
+  for (int64_t t = 0; t < r.tap_count; ++t) {
+    const Tap tap = r.taps[t];
+    const V::T w = V::load(weights + tap.weight);
+    V::T sum = V::load(weight_sums + tap.weight);
+    const float* base[kBases];
+    UNROLL for (int i = 0; i < kBases; ++i) base[i] = tap.g + at + 3 * i * r.g_pitch;
+    UNROLL for (int u = 0; u < Count; ++u) {
+      const V::T g = V::load(base[u / 3] + (u % 3) * r.g_pitch);
+      acc[u] = V::fma(g, w, acc[u]);
+      sum = V::fma(g, e[u], sum);
+    }
+    V::store(weight_sums + tap.weight, sum);
+  }
+  V::T sum = V::load(r.sums + vector * V::width);
+  float* out = r.out + column * r.out_pitch + vector * V::width;
+  UNROLL for (int u = 0; u < Count; ++u) {
+    const V::T g = r.open.keep(acc[u], e[u]);
+    sum = V::add(sum, g);
+    V::store(out + u * r.out_pitch, g);
+  }
+  V::store(r.sums + vector * V::width, sum);
+}
+
+template <int Count>
+ALWAYS_INLINE void depthwise_backward_runs_of(int64_t run, const DepthwiseBackward& r, int64_t column, int64_t count) {
+  if constexpr (Count >= 1) {
+    if (run == Count) {
+      for (; count > 0; --count, column += Count)
+        for (int64_t v = 0; v < r.vectors; ++v) depthwise_backward_run<Count>(r, column, v);
+    } else {
+      depthwise_backward_runs_of<Count - 1>(run, r, column, count);
+    }
+  }
+}
+
+// All `columns`, in runs as equal as can be.
+NOINLINE void depthwise_backward_columns(const DepthwiseBackward& r, int64_t columns) {
+  const int64_t count = ceil_div(columns, V::kMaxBackwardRun);
+  if (count == 0) return;
+  const int64_t low = columns / count, longer = columns % count;
+  if (longer) depthwise_backward_runs_of<V::kMaxBackwardRun>(low + 1, r, 0, longer);
+  depthwise_backward_runs_of<V::kMaxBackwardRun>(low, r, longer * (low + 1), count - longer);
+}
+
+// ---- Passes over pixels ---------------------------------------------------------------------------------------------
+
+// One vector of a pixel's channels, of which `count` exist.
+template <class Storage>
+struct Lanes {
+  using Element = typename Storage::Element;
+  int count;
+  explicit Lanes(int64_t channels) : count(static_cast<int>(min64(channels, V::width))) {}
+  ALWAYS_INLINE V::T load(const Element* p) const {
+    return count == V::width ? Storage::load(p) : Storage::load(p, count);
+  }
+  ALWAYS_INLINE void store(Element* p, V::T v) const {
+    count == V::width ? Storage::store(p, v) : Storage::store(p, v, count);
+  }
+};
+
+static ALWAYS_INLINE void add_to(double* sums, V::T v) {
+  float lanes[V::width];
+  V::store(lanes, v);
+  for (int i = 0; i < V::width; ++i) sums[i] += static_cast<double>(lanes[i]);
+}
+
+// The mean of some pixels' values, pitch floats apart: close enough to the mean of all to count from.
+NOINLINE V::T mean_of(const float* from, int64_t pitch, int64_t pixels) {
+  V::T sum = V::set(0);
+  for (int64_t p = 0; p < pixels; ++p) sum = V::add(sum, V::load(from + p * pitch));
+  return V::fma(sum, V::set(1.0f / static_cast<float>(pixels)), V::set(0));
+}
+
+// Sums of values and of their squares, counted from `shift`, near their mean: so the squares' sum, and the variance
+// that is computed from it, stay accurate where the mean is large against the deviation.
+struct Moments {
+  V::T shift, sum, squares;
+  explicit Moments(const float* shift_) : shift(V::load(shift_)), sum(V::set(0)), squares(V::set(0)) {}
+  ALWAYS_INLINE void add(V::T v) {
+    const V::T shifted = V::sub(v, shift);
+    sum = V::add(sum, shifted);
+    squares = V::fma(shifted, shifted, squares);
+  }
+};
+
+// What sums of `pixels` shifted values would have been.
+static void unshift_moments(const float* shift, int64_t channels, double pixels, double* sum, double* squares) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double s = static_cast<double>(shift[c]);
+    squares[c] += s * (2 * sum[c] + pixels * s);
+    sum[c] += pixels * s;
+  }
+}
+
+// Rows of a product added to rows of `channels` floats that lie `stride` apart.
+struct AddRows {
+  float* out;
+  int64_t stride;
+  int channels;  // from this panel on
+  bool first;    // nothing is there to be added to
+  ALWAYS_INLINE V::T start(int) const { return V::set(0); }
+  ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
+    float* to = out + row * stride + j * V::width;
+    const int rest = channels - j * V::width;
+    if (rest >= V::width) {
+      V::store(to, first ? v : V::add(v, V::load(to)));
+    } else if (rest > 0) {
+      V::store(to, first ? v : V::add(v, V::load(to, rest)), rest);
+    }
+  }
+  ALWAYS_INLINE void skip(int64_t rows) { out += rows * stride; }
+};
+
+constexpr int64_t kPixelBlock = 128;  // pixels that one pass over the channels' vectors takes: they stay in L1
+
+// ---- How an item's buffers lie in its scratch -----------------------------------------------------------------------
+
+struct TrainBuffers {
+  bool keeps_d;   // d is read, not computed again
+  bool backward;  // parts and groups are rows of x
+  bool widen;     // x is copied to fp32 first
+  int64_t reach;
+  int64_t part_rows, out_rows;  // most rows that a part has, and of d that it needs
+  int64_t new_rows;             // most rows of d that a group adds
+  int64_t ring_rows, columns;   // of e, with its padding
+  int64_t g_rows, g_left, g_columns;
+  int64_t wide_rows, wide_pitch;
+  int64_t d, h, gh, g1, gz, z, ring, g_ring, wide, run_sums, shift, gram, offsets, size;  // offsets in floats
+};
+
+static TrainBuffers train_buffers(const TrainArgs& a, const TrainLayout& l, const TrainPlan& p) {
+  TrainBuffers b = {};
+  int64_t at = 0;
+  const auto section = [&at](int64_t floats) __attribute__((always_inline)) {
+    const int64_t begin = at;
+    at += ceil_div(floats, 16) * 16;
+    return begin;
+  };
+  const int64_t vector_of_in = ceil_div(a.dims.in_channels, V::width) * V::width;
+  b.wide_pitch = vector_of_in;
+  switch (a.phase) {
+    case TrainPhase::gram:
+      b.wide = section(kPixelBlock * b.wide_pitch);
+      b.gram = section(a.dims.in_channels * l.in_padded);
+      b.shift = section(l.in_padded);
+      b.size = at;
+      return b;
+    case TrainPhase::finish:
+    case TrainPhase::finish_backward:
+      return b;
+    case TrainPhase::input_backward:
+      b.wide = section(kPixelBlock * b.wide_pitch);
+      b.gz = section(kPixelBlock * l.in_padded);
+      b.size = at;
+      return b;
+    default:
+      break;
+  }
+  b.keeps_d = a.d != nullptr;
+  b.backward = a.phase == TrainPhase::depthwise_backward;
+  b.widen = a.dtype != DType::f32 || (!a.dims.expand && a.dims.hidden_channels % V::width != 0);
+  b.reach = (a.dims.kernel - 1) * a.dilation + 1;
+  b.part_rows = ceil_div(b.backward ? a.height : a.out_height, p.row_parts);
+  const auto out_rows_over = [&](int64_t rows) __attribute__((always_inline)) {
+    return min64((rows + b.reach - 2) / a.stride + 1, a.out_height);
+  };
+  b.out_rows = b.backward ? out_rows_over(b.part_rows) : b.part_rows;
+  b.new_rows = b.backward ? out_rows_over(p.group_rows) : p.group_rows;
+  // Backward a group needs the e of its own rows, and to compute d again that under all rows of d over them.
+  const auto rows_under = [&](int64_t rows) __attribute__((always_inline)) {
+    if (!b.backward) return min64((rows - 1) * a.stride + b.reach, a.height);
+    return min64(b.keeps_d ? rows : rows + 2 * (b.reach - 1), a.height);
+  };
+  const bool needs_e = b.backward || !b.keeps_d;
+  b.columns = max64(a.pad_left + a.width, (a.out_width - 1) * a.stride + b.reach);
+  b.ring_rows = needs_e && a.dims.expand ? rows_under(p.group_rows) : 0;
+  b.wide_rows = needs_e && b.widen ? rows_under(b.part_rows) : 0;
+  if (b.backward) {
+    b.g_rows = out_rows_over(p.group_rows);
+    b.g_left = max64(ceil_div(b.reach - 1 - a.pad_left, a.stride), 0);
+    b.g_columns = b.g_left + max64(a.out_width, (a.width - 1 + a.pad_left) / a.stride + 1);
+  }
+  const int64_t pixels = b.new_rows * a.out_width * p.pitch;
+  const bool is_project = a.phase == TrainPhase::project, is_depthwise = a.phase == TrainPhase::depthwise;
+  b.d = section(b.keeps_d ? 0 : pixels);
+  b.h = section(is_depthwise || b.backward ? 0 : pixels);
+  b.gh = section(is_depthwise || is_project ? 0 : pixels);
+  b.g1 = section(b.backward ? p.group_rows * a.width * p.pitch : 0);
+  b.gz = section(is_depthwise || is_project ? 0 : b.out_rows * a.out_width * l.out_padded);
+  b.z = section(is_project ? b.out_rows * a.out_width * l.out_padded : 0);
+  b.ring = section(b.ring_rows * b.columns * p.pitch);
+  b.g_ring = section(b.g_rows * b.g_columns * p.pitch);
+  b.wide = section(b.wide_rows * a.width * b.wide_pitch);
+  b.run_sums = section(b.backward ? (a.dims.kernel * a.dims.kernel + 1) * p.chunk : 0);
+  b.shift = section(is_depthwise ? l.hidden_padded : is_project ? l.out_padded : 0);
+  b.offsets = section(b.ring_rows * a.width);
+  b.size = at;
+  return b;
+}
+
+static size_t train_scratch_floats(const TrainArgs& a, const TrainLayout& l, const TrainPlan& plan) {
+  return static_cast<size_t>(train_buffers(a, l, plan).size);
+}
+
+// ---- One work item --------------------------------------------------------------------------------------------------
+
+template <class Storage>
+struct TrainWork {
+  using Element = typename Storage::Element;
+  const TrainArgs& a;
+  const TrainLayout& l;
+  const TrainPlan& plan;
+  const TrainItem& item;
+  const float* packed;
+  float* scratch;
+  const TrainBuffers b;
+  const int64_t hidden_channels, out_channels, in_channels;
+  const V::T lo, hi;
+  const Open open, final_open;
+  int64_t image = 0, wide_first = 0;
+
+  TrainWork(const TrainArgs& a_, const TrainLayout& l_, const TrainPlan& plan_, const TrainItem& item_,
+            const float* packed_, float* scratch_)
+      : a(a_),
+        l(l_),
+        plan(plan_),
+        item(item_),
+        packed(packed_),
+        scratch(scratch_),
+        b(train_buffers(a_, l_, plan_)),
+        hidden_channels(a_.dims.hidden_channels),
+        out_channels(a_.dims.out_channels),
+        in_channels(a_.dims.in_channels),
+        lo(V::set(a_.activation.lo)),
+        hi(V::set(a_.activation.hi)),
+        open(a_.activation),
+        final_open(a_.final_activation) {}
+
+  // ---- Rows of x and e ----
+
+  ALWAYS_INLINE int64_t first_input_row(int64_t out_row) const { return max64(out_row * a.stride - a.pad_top, 0); }
+  // one past the last input row that output rows below `out_end` need
+  ALWAYS_INLINE int64_t end_input_row(int64_t out_end) const {
+    return max64(min64((out_end - 1) * a.stride - a.pad_top + b.reach, a.height), 0);
+  }
+  // the rows of d that have a tap on input rows [begin, end)
+  ALWAYS_INLINE int64_t first_out_row(int64_t begin) const {
+    return max64(ceil_div(max64(begin + a.pad_top - (b.reach - 1), 0), a.stride), 0);
+  }
+  ALWAYS_INLINE int64_t end_out_row(int64_t end) const {
+    return min64((end - 1 + a.pad_top) / a.stride + 1, a.out_height);
+  }
+
+  ALWAYS_INLINE const Element* image_of(const void* tensor, int64_t pixels, int64_t channels) const {
+    return static_cast<const Element*>(tensor) + image * pixels * channels;
+  }
+  ALWAYS_INLINE const float* input_row(int64_t row) const {
+    if (b.widen) return scratch + b.wide + (row - wide_first) * a.width * b.wide_pitch;
+    return static_cast<const float*>(a.x) + (image * a.height + row) * a.width * in_channels;
+  }
+  ALWAYS_INLINE int64_t input_pitch() const { return b.widen ? b.wide_pitch : in_channels; }
+  ALWAYS_INLINE float* ring_row(int64_t row) const {
+    return scratch + b.ring + row % b.ring_rows * b.columns * plan.pitch;
+  }
+
+  void widen_rows(int64_t begin, int64_t end) {
+    wide_first = begin;
+    if (!b.widen || end <= begin) return;
+    widen_row<Storage>(image_of(a.x, a.height * a.width, in_channels) + begin * a.width * in_channels, in_channels,
+                       (end - begin) * a.width, in_channels, b.wide_pitch, scratch + b.wide);
+  }
+
+  void expand_rows(int64_t begin, int64_t end, int64_t hidden, int64_t vectors) {
+    if (!a.dims.expand || end <= begin) return;
+    int32_t* offsets = reinterpret_cast<int32_t*>(scratch + b.offsets);
+    float* ring = scratch + b.ring;
+    int32_t* to = offsets;
+    for (int64_t row = begin; row < end; ++row) {
+      int32_t at = static_cast<int32_t>(ring_row(row) - ring + a.pad_left * plan.pitch);
+      for (int64_t c = 0; c < a.width; ++c, at += static_cast<int32_t>(plan.pitch)) *to++ = at;
+    }
+    const Rows rows{input_row(begin), input_pitch(), in_channels};
+    for (int64_t v = 0; v < vectors; v += l.hidden_panel) {
+      const int64_t first = hidden + v * V::width, width = min64(l.hidden_panel, vectors - v);
+      product(width, rows, (end - begin) * a.width, packed + l.expand + first * in_channels,
+              ExpandEpilogue{packed + l.expand_bias + first, ring + v * V::width, offsets, lo, hi});
+    }
+  }
+
+  // Rows [begin, end) of d into scratch.
+  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t vectors) {
+    const int64_t k = a.dims.kernel;
+    DepthwiseRow r;
+    r.kernel = k;
+    r.stride = a.stride;
+    r.dilation = a.dilation;
+    r.out_pitch = plan.pitch;
+    r.out_width = a.out_width;
+    r.vectors = vectors;
+    r.weights = packed + l.depthwise + hidden * k * k;
+    r.bias = packed + l.zeros;
+    r.lo = V::set(-kInfinity);
+    r.hi = V::set(kInfinity);
+    r.pitch = a.dims.expand ? plan.pitch : input_pitch();
+    r.first_column = a.dims.expand ? 0 : -a.pad_left;  // the ring has its padding columns
+    r.width = a.dims.expand ? b.columns : a.width;
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t dy = 0; dy < k; ++dy) {
+        const int64_t in = row * a.stride - a.pad_top + dy * a.dilation;
+        if (in < 0 || in >= a.height)
+          r.rows[dy] = nullptr;
+        else
+          r.rows[dy] = a.dims.expand ? ring_row(in) : input_row(in) + hidden;
+      }
+      r.out = scratch + b.d + (row - begin) * a.out_width * plan.pitch;
+      depthwise_row(r);
+    }
+  }
+
+  static void zero_columns(float* ring, int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t pitch) {
+    for (int64_t row = 0; row < rows; ++row, ring += columns * pitch) {
+      for (int64_t i = 0; i < begin * pitch; ++i) ring[i] = 0;
+      for (int64_t i = end * pitch; i < columns * pitch; ++i) ring[i] = 0;
+    }
+  }
+
+  // ---- Passes over a group's pixels, a vector of channels at a time ----
+
+  // d -> a.d_out, and its moments.
+  void finish_depthwise(int64_t pixel, int64_t pixels, int64_t hidden, int64_t vectors, bool first) {
+    float* shift = scratch + b.shift + hidden;
+    const float* d = scratch + b.d;
+    for (int64_t v = 0; v < vectors; ++v, d += V::width, shift += V::width) {
+      const int64_t channel = hidden + v * V::width;
+      if (first) V::store(shift, mean_of(d, plan.pitch, pixels));
+      Moments moments(shift);
+      if (a.d_out) {
+        const Lanes<Storage> lanes(hidden_channels - channel);
+        Element* out = static_cast<Element*>(a.d_out) + pixel * hidden_channels + channel;
+        for (int64_t p = 0; p < pixels; ++p, out += hidden_channels) {
+          const V::T value = V::load(d + p * plan.pitch);
+          moments.add(value);
+          lanes.store(out, value);
+        }
+      } else {
+        for (int64_t p = 0; p < pixels; ++p) moments.add(V::load(d + p * plan.pitch));
+      }
+      add_to(item.sums + channel, moments.sum);
+      add_to(item.sums + plan.sum_width + channel, moments.squares);
+    }
+  }
+
+  // Calls pass(source of d, its pitch, lanes of a vector) where a group's d lies: in scratch or in a.d.
+  template <class Pass>
+  ALWAYS_INLINE void with_d(int64_t pixel, int64_t channel, int64_t hidden, const Pass& pass) {
+    if (b.keeps_d)
+      pass(static_cast<const Element*>(a.d) + pixel * hidden_channels + channel, hidden_channels,
+           Lanes<Storage>(hidden_channels - channel));
+    else
+      pass(static_cast<const float*>(scratch + b.d + channel - hidden), plan.pitch, Lanes<F32>(V::width));
+  }
+
+  // d -> h
+  void activate(int64_t pixel, int64_t pixels, int64_t hidden, int64_t vectors) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t channel = hidden + v * V::width;
+      const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
+      float* h = scratch + b.h + v * V::width;
+      with_d(pixel, channel, hidden, [&](auto d, int64_t pitch, auto lanes) {
+        for (int64_t p = 0; p < pixels; ++p)
+          V::store(h + p * plan.pitch, V::clamp(V::fma(lanes.load(d + p * pitch), scale, shift), lo, hi));
+      });
+    }
+  }
+
+  // d and gh -> h, and the sums of g2 and g2 d.
+  void project_backward_sums(int64_t pixel, int64_t pixels, int64_t hidden, int64_t vectors) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t channel = hidden + v * V::width;
+      const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
+      float* h = scratch + b.h + v * V::width;
+      const float* gh = scratch + b.gh + v * V::width;
+      V::T sum = V::set(0), sum_d = V::set(0);
+      with_d(pixel, channel, hidden, [&](auto from, int64_t pitch, auto lanes) {
+        for (int64_t p = 0; p < pixels; ++p) {
+          const V::T d = lanes.load(from + p * pitch), before = V::fma(d, scale, shift);
+          const V::T g = open.keep(V::load(gh + p * plan.pitch), before);
+          V::store(h + p * plan.pitch, V::clamp(before, lo, hi));
+          sum = V::add(sum, g);
+          sum_d = V::fma(g, d, sum_d);
+        }
+      });
+      add_to(item.sums + channel, sum);
+      add_to(item.sums + plan.sum_width + channel, sum_d);
+    }
+  }
+
+  // d and gh -> gd: a row of it, into its ring.
+  void normalise_backward(int64_t pixel, int64_t at, int64_t hidden, int64_t vectors, float* to) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t channel = hidden + v * V::width;
+      const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
+      const V::T wg = V::load(packed + l.a2 + channel), wd = V::load(packed + l.b2 + channel);
+      const V::T w = V::load(packed + l.c2 + channel);
+      const float* gh = scratch + b.gh + at * plan.pitch + v * V::width;
+      float* gd = to + v * V::width;
+      with_d(pixel, channel, hidden, [&](auto from, int64_t pitch, auto lanes) {
+        if (!b.keeps_d) from += at * pitch;
+        for (int64_t p = 0; p < a.out_width; ++p) {
+          const V::T d = lanes.load(from + p * pitch);
+          const V::T g = open.keep(V::load(gh + p * plan.pitch), V::fma(d, scale, shift));
+          V::store(gd + p * plan.pitch, V::fma(wg, g, V::fma(wd, d, w)));
+        }
+      });
+    }
+  }
+
+  // gy and z -> gz, of `pixels` pixels from the `pixel`-th on.
+  void gradient_of_z(int64_t pixel, int64_t pixels) {
+    for (int64_t begin = 0; begin < pixels; begin += kPixelBlock) {
+      const int64_t count = min64(kPixelBlock, pixels - begin);
+      for (int64_t c = 0; c < l.out_padded; c += V::width) {
+        const Lanes<Storage> lanes(out_channels - c);
+        const int64_t from = (pixel + begin) * out_channels + c;
+        const Element *gy = static_cast<const Element*>(a.gy) + from, *z = static_cast<const Element*>(a.z) + from;
+        float* gz = scratch + b.gz + begin * l.out_padded + c;
+        const V::T scale = V::load(packed + l.scale3 + c), shift = V::load(packed + l.shift3 + c);
+        const V::T wg = V::load(packed + l.a3 + c), wz = V::load(packed + l.b3 + c), w = V::load(packed + l.c3 + c);
+        for (int64_t p = 0; p < count; ++p) {
+          const V::T value = lanes.load(z + p * out_channels);
+          const V::T g = final_open.keep(lanes.load(gy + p * out_channels), V::fma(value, scale, shift));
+          V::store(gz + p * l.out_padded, V::fma(wg, g, V::fma(wz, value, w)));
+        }
+      }
+    }
+  }
+
+  // ---- Products of a group ----
+
+  // z += w2 h over a chunk; `to` is the group's first pixel in scratch.
+  void project(int64_t pixels, int64_t hidden, int64_t depth, bool first, float* to) {
+    const int64_t vectors = l.out_padded / V::width;
+    for (int64_t v = 0; v < vectors; v += l.out_panel) {
+      const int64_t width = min64(l.out_panel, vectors - v);
+      const float* w = packed + l.project + (v * hidden_channels + hidden * width) * V::width;
+      float* out = to + v * V::width;
+      const Sums start{kZeros, first ? nullptr : out, l.out_padded};
+      product(width, {scratch + b.h, plan.pitch, depth}, pixels, w, KeepSum{start, out});
+    }
+  }
+
+  // gh = w2^T gz; `from` is the group's first pixel of gz.
+  void project_transposed(const float* from, int64_t pixels, int64_t hidden, int64_t vectors) {
+    for (int64_t v = 0; v < vectors; v += l.hidden_panel) {
+      const int64_t first = hidden + v * V::width, width = min64(l.hidden_panel, vectors - v);
+      float* out = scratch + b.gh + v * V::width;
+      product(width, {from, l.out_padded, out_channels}, pixels, packed + l.project_backward + first * out_channels,
+              KeepSum{{kZeros, nullptr, plan.pitch}, out});
+    }
+  }
+
+  // matrix[i][c] += sum over pixels of from[i] * of[c]
+  void add_outer(const float* from, int64_t from_pitch, int64_t rows, const float* of, int64_t pixels, int64_t hidden,
+                 int64_t vectors) {
+    for (int64_t v = 0; v < vectors; v += l.hidden_panel)
+      outer_product(min64(l.hidden_panel, vectors - v), from, from_pitch, rows, of + v * V::width, plan.pitch, pixels,
+                    item.matrix + hidden + v * V::width, l.hidden_padded);
+  }
+
+  // g += w1^T g1 over a chunk; `to` is the group's first pixel.
+  void expand_transposed(int64_t pixels, int64_t hidden, int64_t depth, bool first, float* to) {
+    const int64_t vectors = l.in_padded / V::width;
+    for (int64_t v = 0; v < vectors; v += l.in_panel) {
+      const int64_t width = min64(l.in_panel, vectors - v);
+      const float* w = packed + l.expand_backward + (v * hidden_channels + hidden * width) * V::width;
+      product(width, {scratch + b.g1, plan.pitch, depth}, pixels, w,
+              AddRows{to + v * V::width, in_channels, static_cast<int>(in_channels - v * V::width), first});
+    }
+  }
+
+  // ---- The phases with hidden channels ----
+
+  template <class Body>
+  ALWAYS_INLINE void for_each_chunk(const Body& body) {
+    for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk)
+      body(hidden, ceil_div(min64(plan.chunk, item.hidden_end - hidden), V::width));
+  }
+
+  template <class Body>
+  ALWAYS_INLINE void for_each_part(int64_t rows, const Body& body) {
+    for (int64_t part = item.begin; part < item.end; ++part) {
+      image = part / plan.row_parts;
+      const int64_t index = part % plan.row_parts;
+      const int64_t begin = rows * index / plan.row_parts, end = rows * (index + 1) / plan.row_parts;
+      if (begin < end) body(begin, end);
+    }
+  }
+
+  void forward_phases() {
+    const bool is_depthwise = a.phase == TrainPhase::depthwise, is_project = a.phase == TrainPhase::project;
+    zero_columns(scratch + b.ring, b.ring_rows, b.columns, a.pad_left, a.pad_left + a.width, plan.pitch);
+    bool first_part = true;
+    int64_t item_pixels = 0;
+    for_each_part(a.out_height, [&](int64_t part_begin, int64_t part_end) {
+      const int64_t part_pixel = (image * a.out_height + part_begin) * a.out_width;
+      if (!b.keeps_d) widen_rows(first_input_row(part_begin), end_input_row(part_end));
+      if (!is_depthwise && !is_project) gradient_of_z(part_pixel, (part_end - part_begin) * a.out_width);
+      for_each_chunk([&](int64_t hidden, int64_t vectors) {
+        int64_t expanded = first_input_row(part_begin);
+        for (int64_t row = part_begin; row < part_end; row += plan.group_rows) {
+          const int64_t row_end = min64(row + plan.group_rows, part_end), pixels = (row_end - row) * a.out_width;
+          const int64_t pixel = (image * a.out_height + row) * a.out_width;
+          if (!b.keeps_d) {
+            const int64_t end = end_input_row(row_end);
+            expand_rows(max64(expanded, first_input_row(row)), end, hidden, vectors);
+            expanded = max64(expanded, end);
+            depthwise(row, row_end, hidden, vectors);
+          }
+          const int64_t depth = min64(vectors * V::width, hidden_channels - hidden);
+          const int64_t at = (pixel - part_pixel) * l.out_padded;
+          if (is_depthwise) {
+            finish_depthwise(pixel, pixels, hidden, vectors, first_part && row == part_begin);
+          } else if (is_project) {
+            activate(pixel, pixels, hidden, vectors);
+            project(pixels, hidden, depth, hidden == item.hidden_begin, scratch + b.z + at);
+          } else {
+            const float* gz = scratch + b.gz + at;
+            project_transposed(gz, pixels, hidden, vectors);
+            project_backward_sums(pixel, pixels, hidden, vectors);
+            if (item.matrix) add_outer(gz, l.out_padded, out_channels, scratch + b.h, pixels, hidden, vectors);
+          }
+        }
+      });
+      if (is_project) finish_project(part_pixel, (part_end - part_begin) * a.out_width, first_part);
+      first_part = false;
+      item_pixels += (part_end - part_begin) * a.out_width;
+    });
+    if (first_part || !(is_depthwise || is_project)) return;
+    const int64_t begin = is_depthwise ? item.hidden_begin : 0, end = is_depthwise ? item.hidden_end : l.out_padded;
+    unshift_moments(scratch + b.shift + begin, end - begin, static_cast<double>(item_pixels), item.sums + begin,
+                    item.sums + plan.sum_width + begin);
+  }
+
+  // A part's z -> a.z_out, and its moments.
+  void finish_project(int64_t pixel, int64_t pixels, bool first) {
+    for (int64_t begin = 0; begin < pixels; begin += kPixelBlock) {
+      const int64_t count = min64(kPixelBlock, pixels - begin);
+      for (int64_t c = 0; c < l.out_padded; c += V::width) {
+        const Lanes<Storage> lanes(out_channels - c);
+        const float* z = scratch + b.z + begin * l.out_padded + c;
+        if (first && begin == 0) V::store(scratch + b.shift + c, mean_of(z, l.out_padded, count));
+        Moments moments(scratch + b.shift + c);
+        Element* out = static_cast<Element*>(a.z_out) + (pixel + begin) * out_channels + c;
+        for (int64_t p = 0; p < count; ++p) {
+          const V::T value = V::load(z + p * l.out_padded);
+          moments.add(value);
+          lanes.store(out + p * out_channels, value);
+        }
+        add_to(item.sums + c, moments.sum);
+        add_to(item.sums + plan.sum_width + c, moments.squares);
+      }
+    }
+  }
+
+  // Rows [begin, end) of gd into their ring.
+  void gradient_rows(int64_t begin, int64_t end, int64_t part_first, int64_t hidden, int64_t vectors) {
+    if (end <= begin) return;
+    if (!b.keeps_d) depthwise(begin, end, hidden, vectors);
+    project_transposed(scratch + b.gz + (begin - part_first) * a.out_width * l.out_padded, (end - begin) * a.out_width,
+                       hidden, vectors);
+    for (int64_t row = begin; row < end; ++row)
+      normalise_backward((image * a.out_height + row) * a.out_width, (row - begin) * a.out_width, hidden, vectors,
+                         gradient_row(row) + b.g_left * plan.pitch);
+  }
+  ALWAYS_INLINE float* gradient_row(int64_t row) const {
+    return scratch + b.g_ring + row % b.g_rows * b.g_columns * plan.pitch;
+  }
+
+  // A row of g1 from the ring of gd, with its share of gwd and of the sum of g1.
+  void depthwise_transposed(int64_t row, int64_t hidden, int64_t vectors, float* out) {
+    const int64_t k = a.dims.kernel;
+    const bool expand = a.dims.expand;
+    Tap taps[kMaxKernel * kMaxKernel];
+    DepthwiseBackward r = {taps,
+                           0,
+                           plan.pitch,
+                           nullptr,
+                           a.stride * (expand ? plan.pitch : input_pitch()),
+                           nullptr,
+                           a.stride * plan.pitch,
+                           vectors,
+                           k * k * V::width,
+                           packed + l.depthwise + hidden * k * k,
+                           scratch + b.run_sums,
+                           scratch + b.run_sums + k * k * plan.chunk,
+                           expand ? open : Open({-kInfinity, kInfinity})};
+    const float* e = expand ? ring_row(row) + a.pad_left * plan.pitch : input_row(row) + hidden;
+    for (int64_t first = 0; first < min64(a.stride, a.width); ++first) {
+      r.tap_count = 0;
+      for (int64_t dy = 0; dy < k; ++dy) {
+        const int64_t y = row + a.pad_top - dy * a.dilation;
+        if (y < 0 || y % a.stride != 0 || y / a.stride >= a.out_height) continue;
+        for (int64_t dx = 0; dx < k; ++dx) {
+          const int64_t x = first + a.pad_left - dx * a.dilation;
+          if (x % a.stride != 0) continue;
+          taps[r.tap_count++] = {gradient_row(y / a.stride) + (b.g_left + x / a.stride) * plan.pitch,
+                                 (dy * k + dx) * V::width};
+        }
+      }
+      r.e = e + first * (expand ? plan.pitch : input_pitch());
+      r.out = out + first * plan.pitch;
+      depthwise_backward_columns(r, ceil_div(a.width - first, a.stride));
+    }
+  }
+
+  // The sums of a part and chunk, in short runs so far, to the item's.
+  void flush_sums(int64_t hidden, int64_t vectors) {
+    const int64_t taps = a.dims.kernel * a.dims.kernel;
+    float* run = scratch + b.run_sums;
+    for (int64_t v = 0; v < vectors; ++v) {
+      double* to = item.sums + hidden + v * V::width;
+      add_to(to, V::load(run + taps * plan.chunk + v * V::width));
+      for (int64_t t = 0; t < taps; ++t)
+        add_to(to + (1 + t) * plan.sum_width, V::load(run + (v * taps + t) * V::width));
+    }
+  }
+
+  // g1 itself is the result where there is no expand layer.
+  void keep_rows(int64_t pixel, int64_t pixels, int64_t hidden, int64_t vectors) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Lanes<F32> lanes(hidden_channels - hidden - v * V::width);
+      const float* from = scratch + b.g1 + v * V::width;
+      float* to = a.g_out + pixel * hidden_channels + hidden + v * V::width;
+      for (int64_t p = 0; p < pixels; ++p) lanes.store(to + p * hidden_channels, V::load(from + p * plan.pitch));
+    }
+  }
+
+  void depthwise_backward() {
+    zero_columns(scratch + b.ring, b.ring_rows, b.columns, a.pad_left, a.pad_left + a.width, plan.pitch);
+    zero_columns(scratch + b.g_ring, b.g_rows, b.g_columns, b.g_left, b.g_left + a.out_width, plan.pitch);
+    for_each_part(a.height, [&](int64_t part_begin, int64_t part_end) {
+      const int64_t out_begin = first_out_row(part_begin), out_end = end_out_row(part_end);
+      const bool has_out = out_begin < out_end;
+      int64_t first = part_begin, end = part_end;
+      if (!b.keeps_d && has_out) {
+        first = min64(first, first_input_row(out_begin));
+        end = max64(end, end_input_row(out_end));
+      }
+      widen_rows(first, end);
+      if (has_out) gradient_of_z((image * a.out_height + out_begin) * a.out_width, (out_end - out_begin) * a.out_width);
+      for_each_chunk([&](int64_t hidden, int64_t vectors) {
+        const int64_t depth = min64(vectors * V::width, hidden_channels - hidden);
+        const int64_t run_sums = (a.dims.kernel * a.dims.kernel + 1) * plan.chunk;
+        for (int64_t i = 0; i < run_sums; ++i) scratch[b.run_sums + i] = 0;
+        int64_t expanded = first, made = out_begin;
+        for (int64_t row = part_begin; row < part_end; row += plan.group_rows) {
+          const int64_t row_end = min64(row + plan.group_rows, part_end), pixels = (row_end - row) * a.width;
+          const int64_t pixel = (image * a.height + row) * a.width;
+          const int64_t make = max64(min64(end_out_row(row_end), out_end), made);
+          const int64_t expand_end = b.keeps_d || make == made ? row_end : max64(row_end, end_input_row(make));
+          expand_rows(expanded, expand_end, hidden, vectors);
+          expanded = max64(expanded, expand_end);
+          gradient_rows(made, make, out_begin, hidden, vectors);
+          made = make;
+          for (int64_t r = row; r < row_end; ++r)
+            depthwise_transposed(r, hidden, vectors, scratch + b.g1 + (r - row) * a.width * plan.pitch);
+          if (!a.g_out) continue;
+          if (!a.dims.expand) {
+            keep_rows(pixel, pixels, hidden, vectors);
+            continue;
+          }
+          add_outer(input_row(row), input_pitch(), in_channels, scratch + b.g1, pixels, hidden, vectors);
+          expand_transposed(pixels, hidden, depth, hidden == item.hidden_begin, item.g_out + pixel * in_channels);
+        }
+        flush_sums(hidden, vectors);
+      });
+    });
+  }
+
+  // ---- The phases without hidden channels: runs of pixels ----
+
+  template <class Body>
+  ALWAYS_INLINE void for_each_block(const Body& body) {
+    for (int64_t pixel = item.begin; pixel < item.end; pixel += kPixelBlock)
+      body(pixel, min64(kPixelBlock, item.end - pixel));
+  }
+
+  void gram() {
+    constexpr int64_t kFlush = 8 * kPixelBlock;
+    float *rows = scratch + b.wide, *sums = scratch + b.gram, *shift = scratch + b.shift;
+    const Element* x = static_cast<const Element*>(a.x);
+    for (int64_t i = 0; i < in_channels * l.in_padded; ++i) sums[i] = 0;
+    for_each_block([&](int64_t pixel, int64_t pixels) {
+      widen_row<Storage>(x + pixel * in_channels, in_channels, pixels, in_channels, b.wide_pitch, rows);
+      for (int64_t c = 0; c < l.in_padded; c += V::width) {
+        if (pixel == item.begin) V::store(shift + c, mean_of(rows + c, b.wide_pitch, pixels));
+        const V::T from = V::load(shift + c);
+        V::T sum = V::set(0);
+        for (int64_t p = 0; p < pixels; ++p) {
+          float* at = rows + p * b.wide_pitch + c;
+          const V::T value = V::sub(V::load(at), from);
+          V::store(at, value);
+          sum = V::add(sum, value);
+        }
+        add_to(item.sums + c, sum);
+      }
+      // the panels on and above the diagonal
+      const int64_t vectors = l.in_padded / V::width;
+      for (int64_t v = 0; v < vectors; v += l.in_panel) {
+        const int64_t width = min64(l.in_panel, vectors - v), end = min64((v + width) * V::width, in_channels);
+        outer_product(width, rows, b.wide_pitch, end, rows + v * V::width, b.wide_pitch, pixels, sums + v * V::width,
+                      l.in_padded);
+      }
+      if ((pixel - item.begin) % kFlush == kFlush - kPixelBlock || pixel + pixels == item.end) {
+        for (int64_t i = 0; i < in_channels * l.in_padded; i += V::width) {
+          add_to(item.sums + plan.sum_width + i, V::load(sums + i));
+          V::store(sums + i, V::set(0));
+        }
+      }
+    });
+    unshift_gram(shift);
+  }
+
+  // What the sums would have been of values that were not counted from `shift`.
+  void unshift_gram(const float* shift) {
+    const double pixels = static_cast<double>(item.end - item.begin);
+    double *sum = item.sums, *product = item.sums + plan.sum_width;
+    for (int64_t i = 0; i < in_channels; ++i, product += plan.sum_width)
+      for (int64_t j = i; j < in_channels; ++j) {
+        const double si = static_cast<double>(shift[i]), sj = static_cast<double>(shift[j]);
+        product[j] += si * sum[j] + sj * sum[i] + pixels * si * sj;
+      }
+    for (int64_t i = 0; i < in_channels; ++i) sum[i] += pixels * static_cast<double>(shift[i]);
+  }
+
+  void finish() {
+    const V::T final_lo = V::set(a.final_activation.lo), final_hi = V::set(a.final_activation.hi);
+    for_each_block([&](int64_t pixel, int64_t pixels) {
+      for (int64_t c = 0; c < out_channels; c += V::width) {
+        const Lanes<Storage> lanes(out_channels - c);
+        const int64_t at = pixel * out_channels + c;
+        const Element *z = static_cast<const Element*>(a.z) + at, *x = static_cast<const Element*>(a.x) + at;
+        Element* y = static_cast<Element*>(a.y) + at;
+        const V::T scale = V::load(packed + l.scale3 + c), shift = V::load(packed + l.shift3 + c);
+        for (int64_t p = 0; p < pixels; ++p) {
+          const int64_t i = p * out_channels;
+          V::T value = V::clamp(V::fma(lanes.load(z + i), scale, shift), final_lo, final_hi);
+          if (a.x) value = V::add(value, lanes.load(x + i));
+          lanes.store(y + i, value);
+        }
+      }
+    });
+  }
+
+  void finish_backward() {
+    for_each_block([&](int64_t pixel, int64_t pixels) {
+      for (int64_t c = 0; c < out_channels; c += V::width) {
+        const Lanes<Storage> lanes(out_channels - c);
+        const int64_t at = pixel * out_channels + c;
+        const Element *gy = static_cast<const Element*>(a.gy) + at, *z = static_cast<const Element*>(a.z) + at;
+        const V::T scale = V::load(packed + l.scale3 + c), shift = V::load(packed + l.shift3 + c);
+        V::T sum = V::set(0), sum_z = V::set(0);
+        for (int64_t p = 0; p < pixels; ++p) {
+          const V::T value = lanes.load(z + p * out_channels);
+          const V::T g = final_open.keep(lanes.load(gy + p * out_channels), V::fma(value, scale, shift));
+          sum = V::add(sum, g);
+          sum_z = V::fma(g, value, sum_z);
+        }
+        add_to(item.sums + c, sum);
+        add_to(item.sums + plan.sum_width + c, sum_z);
+      }
+    });
+  }
+
+  void input_backward() {
+    const int64_t vectors = l.in_padded / V::width;
+    float *rows = scratch + b.wide, *mx = scratch + b.gz;  // m x + c0
+    for_each_block([&](int64_t pixel, int64_t pixels) {
+      if (a.m) {
+        const Element* x = static_cast<const Element*>(a.x) + pixel * in_channels;
+        widen_row<Storage>(x, in_channels, pixels, in_channels, b.wide_pitch, rows);
+        for (int64_t v = 0; v < vectors; v += l.in_panel) {
+          const Sums start{packed + l.c0 + v * V::width, nullptr, l.in_padded};
+          product(min64(l.in_panel, vectors - v), {rows, b.wide_pitch, in_channels}, pixels,
+                  packed + l.input + v * V::width * in_channels, KeepSum{start, mx + v * V::width});
+        }
+      }
+      for (int64_t c = 0; c < in_channels; c += V::width) {
+        const Lanes<F32> wide(in_channels - c);
+        const Lanes<Storage> lanes(in_channels - c);
+        const int64_t at = pixel * in_channels + c;
+        const Element* gy = static_cast<const Element*>(a.gy) + at;
+        Element* gx = static_cast<Element*>(a.gx) + at;
+        for (int64_t p = 0; p < pixels; ++p) {
+          const int64_t i = p * in_channels;
+          V::T value = wide.load(a.g + at + i);
+          if (a.m) value = V::sub(value, V::load(mx + p * l.in_padded + c));
+          if (a.gy) value = V::add(value, lanes.load(gy + i));
+          lanes.store(gx + i, value);
+        }
+      }
+    });
+  }
+
+  void run() {
+    switch (a.phase) {
+      case TrainPhase::gram:
+        return gram();
+      case TrainPhase::depthwise:
+      case TrainPhase::project:
+      case TrainPhase::project_backward:
+        return forward_phases();
+      case TrainPhase::finish:
+        return finish();
+      case TrainPhase::finish_backward:
+        return finish_backward();
+      case TrainPhase::depthwise_backward:
+        return depthwise_backward();
+      case TrainPhase::input_backward:
+        return input_backward();
+    }
+  }
+};
+
+static void train_work(const TrainArgs& a, const TrainLayout& l, const TrainPlan& plan, const TrainItem& item,
+                       const float* packed, float* scratch) {
+  switch (a.dtype) {
+    case DType::f32:
+      return TrainWork<F32>(a, l, plan, item, packed, scratch).run();
+    case DType::bf16:
+      return TrainWork<BF16>(a, l, plan, item, packed, scratch).run();
+    case DType::f16:
+      return TrainWork<F16>(a, l, plan, item, packed, scratch).run();
+  }
+}

@@ -1,0 +1,333 @@
+// The phases of a training step as torch ops, CPU: checks arguments, allocates, calls the core. What a phase computes
+// stands in core/train.h. LibTorch's stable ABI only, as in ops.cpp.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "core/train.h"
+#include "parallel.h"
+
+namespace {
+
+using mbv2::check;
+using mbv2::check_geometry;
+using mbv2::check_tensor;
+using mbv2::clamp_of;
+using mbv2::empty;
+using mbv2::empty_image;
+using mbv2::MemoryFormat;
+using mbv2::OptionalTensor;
+using mbv2::out_size;
+using mbv2::ScalarType;
+using mbv2::shape_of;
+using mbv2::Tensor;
+using mbv2::Tier;
+using mbv2::TrainArgs;
+using mbv2::TrainPhase;
+
+Tensor none(ScalarType type) { return empty({0}, {1}, type); }
+
+// A phase's arguments while they are collected, with the tensors that they point into.
+class Phase {
+ public:
+  explicit Phase(TrainPhase phase) { a.phase = phase; }
+
+  // An image, dense channels_last from here on. The first one says what the storage type is.
+  const void* image(const char* name, const Tensor& t, int64_t channels, int64_t height, int64_t width) {
+    check_tensor(name, t, 4);
+    check(t.scalar_type() == type && t.size(0) == a.batch && t.size(1) == channels && t.size(2) == height &&
+              t.size(3) == width,
+          name, " must be [", a.batch, ", ", channels, ", ", height, ", ", width, "] in the other tensors' type, got ",
+          shape_of(t));
+    return data(torch::stable::contiguous(t, MemoryFormat::ChannelsLast));
+  }
+
+  const float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+    bool same = t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == static_cast<int64_t>(sizes.size());
+    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == sizes.begin()[i];
+    if (!same) {
+      std::ostringstream expected;
+      for (int64_t size : sizes) expected << (expected.str().empty() ? "" : ", ") << size;
+      check(false, name, " must be a float32 CPU tensor [", expected.str(), "], got shape ", shape_of(t));
+    }
+    return static_cast<const float*>(data(t.is_contiguous() ? t : torch::stable::contiguous(t)));
+  }
+  const float* floats(const char* name, const OptionalTensor& t, std::initializer_list<int64_t> sizes) {
+    return t ? floats(name, *t, sizes) : nullptr;
+  }
+
+  void input(const Tensor& x) {
+    check_tensor("x", x, 4);
+    set_type(x);
+    a.batch = x.size(0);
+    a.dims.in_channels = x.size(1);
+    a.height = x.size(2);
+    a.width = x.size(3);
+    a.x = image("x", x, x.size(1), x.size(2), x.size(3));
+  }
+
+  // z alone, in the phases that see nothing but the block's end
+  void output(const Tensor& z, const Tensor& scale3, const Tensor& shift3, const std::string& final_activation) {
+    check_tensor("z", z, 4);
+    set_type(z);
+    a.batch = z.size(0);
+    a.dims.out_channels = z.size(1);
+    a.out_height = z.size(2);
+    a.out_width = z.size(3);
+    block_end(z, scale3, shift3, final_activation);
+  }
+  void block_end(const Tensor& z, const Tensor& scale3, const Tensor& shift3, const std::string& final_activation) {
+    const int64_t channels = a.dims.out_channels;
+    a.z = image("z", z, channels, a.out_height, a.out_width);
+    a.scale3 = floats("scale3", scale3, {channels});
+    a.shift3 = floats("shift3", shift3, {channels});
+    a.final_activation = clamp_of("final_activation", final_activation);
+  }
+  void gradient(const Tensor& gy) { a.gy = image("gy", gy, a.dims.out_channels, a.out_height, a.out_width); }
+
+  void hidden(const Tensor& x, const OptionalTensor& w1, const OptionalTensor& b1, const Tensor& wd, int64_t stride,
+              int64_t padding, int64_t dilation, const std::string& activation) {
+    input(x);
+    check_geometry(stride, padding, dilation);
+    check_tensor("wd", wd, 4);
+    const int64_t channels = wd.size(0), kernel = wd.size(2);
+    check(channels >= 1 && kernel % 2 == 1 && kernel <= mbv2::kMaxKernel, "wd must be [C, 1, k, k] with odd k up to ",
+          mbv2::kMaxKernel, ", got ", shape_of(wd));
+    check(w1.has_value() == b1.has_value(), "w1 and b1 must be given or missing together");
+    check(w1 || channels == a.dims.in_channels, "without w1, wd must have x's ", a.dims.in_channels, " channels, got ",
+          channels);
+    a.dims.hidden_channels = channels;
+    a.dims.kernel = static_cast<int>(kernel);
+    a.dims.expand = w1.has_value();
+    a.stride = stride;
+    a.dilation = dilation;
+    a.activation = clamp_of("activation", activation);
+    a.wd = floats("wd", wd, {channels, 1, kernel, kernel});
+    a.w1 = floats("w1", w1, {channels, a.dims.in_channels});
+    a.b1 = floats("b1", b1, {channels});
+    a.out_height = out_size(a.height, kernel, stride, padding, dilation, &a.pad_top);
+    a.out_width = out_size(a.width, kernel, stride, padding, dilation, &a.pad_left);
+    check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x),
+          " is smaller than the depthwise kernel with its padding");
+  }
+
+  void project(const OptionalTensor& d, const Tensor& scale2, const Tensor& shift2, const Tensor& w2) {
+    const int64_t channels = a.dims.hidden_channels;
+    if (d) a.d = image("d", *d, channels, a.out_height, a.out_width);
+    a.scale2 = floats("scale2", scale2, {channels});
+    a.shift2 = floats("shift2", shift2, {channels});
+    check(w2.dim() == 2 && w2.size(0) >= 1, "w2 must be [out, ", channels, "], got ", shape_of(w2));
+    a.dims.out_channels = w2.size(0);
+    a.w2 = floats("w2", w2, {a.dims.out_channels, channels});
+  }
+
+  Tensor sums(int64_t channels, double** pointer) { return result({channels}, {1}, ScalarType::Double, pointer); }
+  Tensor new_image(int64_t channels, int64_t height, int64_t width, ScalarType dtype, void** pointer) {
+    Tensor t = empty_image(a.batch, channels, height, width, dtype);
+    *pointer = t.mutable_data_ptr();
+    return t;
+  }
+  template <class T>
+  Tensor result(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype,
+                T** pointer) {
+    Tensor t = empty(sizes, strides, dtype);
+    *pointer = static_cast<T*>(t.mutable_data_ptr());
+    return t;
+  }
+
+  void run() const {
+    const Tier tier = mbv2::active_tier();
+    mbv2::run_train(a, tier, mbv2::torch_parallel());
+    mbv2::count_call(tier);
+  }
+
+  TrainArgs a = {};
+  ScalarType type = ScalarType::Float;
+
+ private:
+  void set_type(const Tensor& t) {
+    type = t.scalar_type();
+    mbv2::storage_type(type, &a.dtype);
+  }
+  const void* data(const Tensor& t) {
+    held_.push_back(t);
+    return t.const_data_ptr();
+  }
+  std::vector<Tensor> held_;
+};
+
+std::tuple<Tensor, Tensor> train_gram(Tensor x) {
+  Phase p(TrainPhase::gram);
+  p.input(x);
+  const int64_t channels = x.size(1);
+  Tensor sum = p.sums(channels, &p.a.sum);
+  Tensor gram = p.result({channels, channels}, {channels, 1}, ScalarType::Double, &p.a.gram);
+  p.run();
+  return {sum, gram};
+}
+
+std::tuple<Tensor, Tensor, Tensor> train_depthwise(Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor wd,
+                                                   int64_t stride, int64_t padding, int64_t dilation,
+                                                   std::string activation, bool keep) {
+  Phase p(TrainPhase::depthwise);
+  p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
+  const int64_t channels = wd.size(0);
+  Tensor d = keep ? p.new_image(channels, p.a.out_height, p.a.out_width, p.type, &p.a.d_out) : none(p.type);
+  Tensor sum = p.sums(channels, &p.a.sum), squares = p.sums(channels, &p.a.sum_product);
+  p.run();
+  return {d, sum, squares};
+}
+
+std::tuple<Tensor, Tensor, Tensor> train_project(Tensor x, OptionalTensor d, OptionalTensor w1, OptionalTensor b1,
+                                                 Tensor wd, Tensor scale2, Tensor shift2, Tensor w2, int64_t stride,
+                                                 int64_t padding, int64_t dilation, std::string activation) {
+  Phase p(TrainPhase::project);
+  p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
+  p.project(d, scale2, shift2, w2);
+  const int64_t channels = w2.size(0);
+  Tensor z = p.new_image(channels, p.a.out_height, p.a.out_width, p.type, &p.a.z_out);
+  Tensor sum = p.sums(channels, &p.a.sum), squares = p.sums(channels, &p.a.sum_product);
+  p.run();
+  return {z, sum, squares};
+}
+
+Tensor train_finish(Tensor z, OptionalTensor x, Tensor scale3, Tensor shift3, std::string final_activation) {
+  Phase p(TrainPhase::finish);
+  p.output(z, scale3, shift3, final_activation);
+  if (x) p.a.x = p.image("x", *x, z.size(1), z.size(2), z.size(3));
+  Tensor y = p.new_image(z.size(1), z.size(2), z.size(3), p.type, &p.a.y);
+  p.run();
+  return y;
+}
+
+std::tuple<Tensor, Tensor> train_finish_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3,
+                                                 std::string final_activation) {
+  Phase p(TrainPhase::finish_backward);
+  p.output(z, scale3, shift3, final_activation);
+  p.gradient(gy);
+  Tensor sum = p.sums(z.size(1), &p.a.sum), product = p.sums(z.size(1), &p.a.sum_product);
+  p.run();
+  return {sum, product};
+}
+
+void check_needs(const std::vector<bool>& needs) {
+  check(needs.size() == 2, "needs must have 2 elements, got ", needs.size());
+}
+
+std::tuple<Tensor, Tensor, Tensor> train_project_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3,
+                                                          Tensor b3, Tensor c3, std::string final_activation, Tensor x,
+                                                          OptionalTensor d, OptionalTensor w1, OptionalTensor b1,
+                                                          Tensor wd, Tensor scale2, Tensor shift2, Tensor w2,
+                                                          int64_t stride, int64_t padding, int64_t dilation,
+                                                          std::string activation, std::vector<bool> needs) {
+  check_needs(needs);
+  Phase p(TrainPhase::project_backward);
+  p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
+  p.project(d, scale2, shift2, w2);
+  p.block_end(z, scale3, shift3, final_activation);
+  p.gradient(gy);
+  const int64_t hidden = wd.size(0), out = w2.size(0);
+  p.a.a3 = p.floats("a3", a3, {out});
+  p.a.b3 = p.floats("b3", b3, {out});
+  p.a.c3 = p.floats("c3", c3, {out});
+  Tensor gw2 = needs[0] ? p.result({out, hidden}, {hidden, 1}, ScalarType::Float, &p.a.gw2) : none(ScalarType::Float);
+  Tensor sum = needs[1] ? p.sums(hidden, &p.a.sum) : none(ScalarType::Double);
+  Tensor product = needs[1] ? p.sums(hidden, &p.a.sum_product) : none(ScalarType::Double);
+  if (needs[0] || needs[1]) p.run();
+  return {gw2, sum, product};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_depthwise_backward(
+    Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3, Tensor b3, Tensor c3, std::string final_activation,
+    Tensor x, OptionalTensor d, OptionalTensor w1, OptionalTensor b1, Tensor wd, Tensor scale2, Tensor shift2,
+    Tensor a2, Tensor b2, Tensor c2, Tensor w2, int64_t stride, int64_t padding, int64_t dilation,
+    std::string activation, std::vector<bool> needs) {
+  check_needs(needs);
+  Phase p(TrainPhase::depthwise_backward);
+  p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
+  p.project(d, scale2, shift2, w2);
+  p.block_end(z, scale3, shift3, final_activation);
+  p.gradient(gy);
+  const int64_t in = x.size(1), hidden = wd.size(0), kernel = wd.size(2), out = w2.size(0);
+  p.a.a3 = p.floats("a3", a3, {out});
+  p.a.b3 = p.floats("b3", b3, {out});
+  p.a.c3 = p.floats("c3", c3, {out});
+  p.a.a2 = p.floats("a2", a2, {hidden});
+  p.a.b2 = p.floats("b2", b2, {hidden});
+  p.a.c2 = p.floats("c2", c2, {hidden});
+  Tensor g = none(ScalarType::Float), t = none(ScalarType::Float), gwd = none(ScalarType::Float);
+  Tensor sum = none(ScalarType::Double);
+  if (needs[0]) {
+    void* pointer;
+    g = p.new_image(in, x.size(2), x.size(3), ScalarType::Float, &pointer);
+    p.a.g_out = static_cast<float*>(pointer);
+  }
+  if (needs[0] && w1) {
+    t = p.result({hidden, in}, {in, 1}, ScalarType::Float, &p.a.t);
+    sum = p.sums(hidden, &p.a.sum);
+  }
+  if (needs[1]) {
+    gwd = p.result({hidden, 1, kernel, kernel}, {kernel * kernel, kernel * kernel, kernel, 1}, ScalarType::Float,
+                   &p.a.gwd);
+  }
+  if (needs[0] || needs[1]) p.run();
+  return {g, gwd, t, sum};
+}
+
+Tensor train_input_backward(Tensor g, Tensor x, OptionalTensor m, OptionalTensor c0, OptionalTensor gy) {
+  Phase p(TrainPhase::input_backward);
+  p.input(x);
+  const int64_t channels = x.size(1);
+  check(g.is_cpu() && g.scalar_type() == ScalarType::Float && g.dim() == 4 && g.size(0) == x.size(0) &&
+            g.size(1) == channels && g.size(2) == x.size(2) && g.size(3) == x.size(3),
+        "g must be a float32 CPU tensor of x's shape ", shape_of(x), ", got ", shape_of(g));
+  const Tensor rows = torch::stable::contiguous(g, MemoryFormat::ChannelsLast);
+  p.a.g = static_cast<const float*>(rows.const_data_ptr());
+  check(m.has_value() == c0.has_value(), "m and c0 must be given or missing together");
+  p.a.m = p.floats("m", m, {channels, channels});
+  p.a.c0 = p.floats("c0", c0, {channels});
+  if (gy) p.a.gy = p.image("gy", *gy, channels, x.size(2), x.size(3));
+  Tensor gx = p.new_image(channels, x.size(2), x.size(3), p.type, &p.a.gx);
+  p.run();
+  return gx;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mbv2, m) {
+  m.def("train_gram(Tensor x) -> (Tensor, Tensor)");
+  m.def(
+      "train_depthwise(Tensor x, Tensor? w1, Tensor? b1, Tensor wd, int stride, int padding, int dilation, "
+      "str activation, bool keep) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "train_project(Tensor x, Tensor? d, Tensor? w1, Tensor? b1, Tensor wd, Tensor scale2, Tensor shift2, Tensor w2, "
+      "int stride, int padding, int dilation, str activation) -> (Tensor, Tensor, Tensor)");
+  m.def("train_finish(Tensor z, Tensor? x, Tensor scale3, Tensor shift3, str final_activation) -> Tensor");
+  m.def(
+      "train_finish_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3, str final_activation) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "train_project_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3, Tensor b3, Tensor c3, "
+      "str final_activation, Tensor x, Tensor? d, Tensor? w1, Tensor? b1, Tensor wd, Tensor scale2, Tensor shift2, "
+      "Tensor w2, int stride, int padding, int dilation, str activation, bool[2] needs) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "train_depthwise_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3, Tensor b3, Tensor c3, "
+      "str final_activation, Tensor x, Tensor? d, Tensor? w1, Tensor? b1, Tensor wd, Tensor scale2, Tensor shift2, "
+      "Tensor a2, Tensor b2, Tensor c2, Tensor w2, int stride, int padding, int dilation, str activation, "
+      "bool[2] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("train_input_backward(Tensor g, Tensor x, Tensor? m, Tensor? c0, Tensor? gy) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
+  m.impl("train_gram", TORCH_BOX(&train_gram));
+  m.impl("train_depthwise", TORCH_BOX(&train_depthwise));
+  m.impl("train_project", TORCH_BOX(&train_project));
+  m.impl("train_finish", TORCH_BOX(&train_finish));
+  m.impl("train_finish_backward", TORCH_BOX(&train_finish_backward));
+  m.impl("train_project_backward", TORCH_BOX(&train_project_backward));
+  m.impl("train_depthwise_backward", TORCH_BOX(&train_depthwise_backward));
+  m.impl("train_input_backward", TORCH_BOX(&train_input_backward));
+}

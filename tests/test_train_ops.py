@@ -1,0 +1,257 @@
+"""The phases of a training step: every tier's kernels against the phases in float64 (training_reference.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from blocks import BOUNDS, DTYPES, GRADIENT_BOUNDS
+from torch import Tensor
+
+from mbv2_kernels import _C, training_reference
+
+TIERS = [tier["name"] for tier in _C.tiers() if tier["runnable"]]
+WIDTHS = {"portable": 4, "avx2": 8, "avx512": 16}
+
+
+@pytest.fixture(autouse=True)
+def restored_cap() -> Iterator[None]:
+    cap = _C.max_isa()
+    yield
+    _C.set_max_isa(cap)
+
+
+class Case(NamedTuple):
+    """Shapes and settings of a block."""
+
+    batch: int = 2
+    in_channels: int = 8
+    hidden: int = 24
+    out_channels: int = 12
+    height: int = 9
+    width: int = 7
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int = 1
+    dilation: int = 1
+    activation: str = "relu6"
+    final_activation: str = "none"
+    expand: bool = True
+
+    @property
+    def config(self) -> tuple[int, int, int, str]:
+        return self.stride, self.padding, self.dilation, self.activation
+
+
+class Arguments(NamedTuple):
+    """What the phases take. Random, and independent of each other: a phase is tested alone."""
+
+    x: Tensor
+    w1: Tensor | None
+    b1: Tensor | None
+    wd: Tensor
+    d: Tensor
+    bn2: tuple[Tensor, Tensor]
+    bn2_backward: tuple[Tensor, Tensor, Tensor]
+    w2: Tensor
+    z: Tensor
+    bn3: tuple[Tensor, Tensor]
+    bn3_backward: tuple[Tensor, Tensor, Tensor]
+    gy: Tensor
+    g: Tensor
+    m: Tensor
+    c0: Tensor
+
+
+def arguments(case: Case, dtype: torch.dtype, *, integers: bool = False) -> Arguments:
+    """`integers`: small integers, with which float32 arithmetic is exact and clamps are hit at their very edges."""
+
+    def floats(*shape: int, scale: float = 1.0) -> Tensor:
+        if integers:
+            return torch.randint(-2, 3, shape).float()
+        return torch.randn(shape) * scale
+
+    def image(channels: int, height: int, width: int) -> Tensor:
+        return floats(case.batch, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    hidden = case.hidden if case.expand else case.in_channels
+    wd = floats(hidden, 1, case.kernel_size, case.kernel_size, scale=3 / case.kernel_size)
+    x = image(case.in_channels, case.height, case.width)
+    w1 = floats(hidden, case.in_channels, scale=3 * case.in_channels**-0.5) if case.expand else None
+    b1 = floats(hidden) if case.expand else None
+    # D's own values, so that what is kept and what is computed again are the same but for rounding
+    d, *_ = training_reference.train_depthwise(x.double(), *double((w1, b1, wd)), *case.config, True)
+    out_height, out_width = d.shape[2:]
+    return Arguments(
+        x,
+        w1,
+        b1,
+        wd,
+        d.to(dtype),
+        (floats(hidden), floats(hidden)),
+        (floats(hidden), floats(hidden), floats(hidden)),
+        floats(case.out_channels, hidden, scale=hidden**-0.5),
+        image(case.out_channels, out_height, out_width),
+        (floats(case.out_channels), floats(case.out_channels)),
+        (floats(case.out_channels), floats(case.out_channels), floats(case.out_channels)),
+        image(case.out_channels, out_height, out_width),
+        floats(*x.shape).contiguous(memory_format=torch.channels_last),
+        floats(case.in_channels, case.in_channels),
+        floats(case.in_channels),
+    )
+
+
+def phases(case: Case, a: Arguments) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Every phase in every form: the op's name and its arguments."""
+    expand = (a.w1, a.b1, a.wd)
+    end = (a.gy, a.z, *a.bn3)
+    backward = (*end, *a.bn3_backward, case.final_activation, a.x)
+    both = (True, True)
+    return {
+        "gram": ("train_gram", (a.x,)),
+        "depthwise": ("train_depthwise", (a.x, *expand, *case.config, True)),
+        "depthwise, sums only": ("train_depthwise", (a.x, *expand, *case.config, False)),
+        "project": ("train_project", (a.x, a.d, *expand, *a.bn2, a.w2, *case.config)),
+        "project, lean": ("train_project", (a.x, None, *expand, *a.bn2, a.w2, *case.config)),
+        "finish": ("train_finish", (a.z, None, *a.bn3, case.final_activation)),
+        "finish, residual": ("train_finish", (a.z, a.gy, *a.bn3, case.final_activation)),
+        "finish backward": ("train_finish_backward", (*end, case.final_activation)),
+        **{
+            f"{phase} backward{', lean' if d is None else ''}": (
+                f"train_{phase}_backward",
+                (*backward, d, *expand, *a.bn2, *more, a.w2, *case.config, both),
+            )
+            for phase, more in (("project", ()), ("depthwise", a.bn2_backward))
+            for d in (a.d, None)
+        },
+        "input backward": ("train_input_backward", (a.g, a.x, a.m, a.c0, None)),
+        "input backward, residual": ("train_input_backward", (a.g, a.x, a.m, a.c0, a.x)),
+        "input backward, frozen": ("train_input_backward", (a.g, a.x, None, None, None)),
+    }
+
+
+def double(values: Any) -> Any:
+    if isinstance(values, Tensor):
+        return values.double()
+    return tuple(map(double, values)) if isinstance(values, tuple) else values
+
+
+def results(function: Callable[..., Any], values: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    result = function(*values)
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def op(name: str) -> Callable[..., Any]:
+    return getattr(torch.ops.mbv2, name)  # type: ignore[no-any-return]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def bound(phase: str, dtype: torch.dtype) -> float:
+    """DESIGN section 10, by the dtype of what comes out: sums and weights' gradients are never rounded to 16 bits."""
+    bounds = GRADIENT_BOUNDS if "backward" in phase else BOUNDS
+    return bounds.get(dtype, bounds[torch.float32])
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    a = arguments(case, dtype)
+    for phase, (name, values) in phases(case, a).items():
+        actual = results(op(name), values)
+        expected = results(getattr(training_reference, name), double(values))
+        sizes = [result.norm() for result in expected]
+        if phase.split(",")[0] in ("gram", "depthwise", "project"):
+            # A mean may be near zero: the error of a sum counts against the values that were added.
+            squares = expected[-1].diagonal() if name == "train_gram" else expected[-1]
+            pixels = (a.x if name == "train_gram" else a.d).numel() / (a.x if name == "train_gram" else a.d).shape[1]
+            sizes[-2] = (pixels * squares).sqrt().norm()
+        for i, (result, exact, size) in enumerate(zip(actual, expected, sizes, strict=True)):
+            assert result.shape == exact.shape, (phase, i)
+            assert result.numel() == 0 or (result - exact).norm() < bound(phase, result.dtype) * size, (phase, i)
+
+
+CASES = {
+    "plain": Case(),
+    "stride 2": Case(stride=2),
+    "stride 2, even": Case(stride=2, height=8, width=10),
+    "kernel 5": Case(kernel_size=5, padding=2),
+    "kernel 5, stride 2": Case(kernel_size=5, padding=2, stride=2, height=11, width=14),
+    "kernel 1": Case(kernel_size=1, padding=0),
+    "kernel 7, stride 3": Case(kernel_size=7, padding=3, stride=3, height=13, width=11),
+    "dilation 2": Case(padding=2, dilation=2),
+    "dilation 3, stride 2": Case(padding=3, dilation=3, stride=2),
+    "same padding": Case(padding=-1, stride=2, height=8, width=7),
+    "no padding": Case(padding=0, stride=2),
+    "wide padding": Case(padding=4, stride=2),
+    "no expand": Case(expand=False, in_channels=24),
+    "no expand, stride 2": Case(expand=False, in_channels=17, stride=2),
+    "no expand, lone channel": Case(expand=False, in_channels=1, out_channels=1),
+    "relu": Case(activation="relu", final_activation="relu"),
+    "linear": Case(activation="none", final_activation="relu6"),
+    "one pixel": Case(height=1, width=1, batch=3),
+    "one column": Case(height=17, width=1, stride=2),
+    "one row": Case(height=1, width=19),
+    "several chunks": Case(in_channels=5, hidden=403, out_channels=33, height=14, width=14),
+    "several groups and parts": Case(batch=1, height=57, width=61, in_channels=3, hidden=9, out_channels=4),
+    "several groups, stride 2": Case(batch=1, height=57, width=60, in_channels=3, hidden=9, out_channels=4, stride=2),
+    "several images a slot": Case(batch=70, height=5, width=5, stride=2),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("tier", TIERS)
+def test_against_float64(tier: str, case: Case) -> None:
+    _C.set_max_isa(tier)
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("tier", TIERS)
+def test_16_bit_storage(tier: str, dtype: torch.dtype) -> None:
+    _C.set_max_isa(tier)
+    for case in (
+        Case(in_channels=9, hidden=27, out_channels=11),
+        Case(stride=2, height=16, width=16, batch=4, in_channels=16, hidden=96, out_channels=24),
+        Case(expand=False, in_channels=19, stride=2),
+    ):
+        check(case, dtype)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_channels_around_vectors_and_panels(tier: str) -> None:
+    _C.set_max_isa(tier)
+    width = WIDTHS[tier]
+    for channels in {width - 1, width, width + 1, 2 * width + 1, 3 * width - 1, 4 * width + 1, 5 * width}:
+        check(Case(in_channels=channels, hidden=channels + width, out_channels=channels, height=5, width=4), DTYPES[0])
+        check(Case(in_channels=channels, expand=False, out_channels=channels, height=5, width=4), DTYPES[0])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("tier", TIERS)
+def test_edges_of_clamps(tier: str, case: Case) -> None:
+    """Integers: no rounding, so that values lie exactly on 0 and 6 and every result is exact.
+
+    Except for the forward phases' sums, which count from a mean.
+    """
+    _C.set_max_isa(tier)
+    a = arguments(case, torch.float32, integers=True)
+    for phase, (name, values) in phases(case, a).items():
+        expected = results(getattr(training_reference, name), double(values))
+        for i, (result, exact) in enumerate(zip(results(op(name), values), expected, strict=True)):
+            if result.dtype == torch.float32 or "backward" in phase:
+                assert torch.equal(result.double(), exact), (phase, i)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_threads_change_nothing(case: Case) -> None:
+    a = arguments(case, torch.float32)
+    for phase, (name, values) in phases(case, a).items():
+        torch.set_num_threads(1)
+        alone = results(op(name), values)
+        torch.set_num_threads(3)
+        for i, (result, expected) in enumerate(zip(results(op(name), values), alone, strict=True)):
+            assert torch.equal(result, expected), (phase, i)
