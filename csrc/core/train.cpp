@@ -2,7 +2,6 @@
 #include "train.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "pack.h"
 #include "scratch.h"
@@ -86,8 +85,6 @@ struct Packing {
     l.b3 = add_vector(a.b3, out, l.out_padded);
     l.c3 = add_vector(a.c3, out, l.out_padded);
     l.c0 = add_vector(a.c0, in, l.in_padded);
-    l.zeros = l.size;
-    l.size += round_up(l.hidden_padded, kPackedHeader);
   }
 
   int64_t add(const PanelMatrix& matrix) {
@@ -107,7 +104,6 @@ struct Packing {
       sections[i].dst = packed + offsets[i];
       panels += panel_count(sections[i]);
     }
-    std::memset(packed + layout.zeros, 0, static_cast<size_t>(layout.hidden_padded) * sizeof(float));
     parallel_for(parallel, panels, [this](int64_t panel) {
       const PanelMatrix* matrix = sections;
       for (; panel >= panel_count(*matrix); ++matrix) panel -= panel_count(*matrix);
@@ -159,6 +155,7 @@ TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l) {
   int64_t slots = std::min(kMostSlots, pixels / pixels_per_slot);
   if (sums) slots = std::min(slots, kMostSums / sums);
   p.slots = floor_power_of_two(std::max<int64_t>(slots, 1));
+  p.pitch = l.vector * l.hidden_panel;
   if (!hidden || pixels == 0) return p;
 
   // Parts: enough for all slots, and small enough that what is held for all of a part stays in L2.
@@ -190,8 +187,6 @@ TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l) {
   const int64_t panels_each = ceil_divide(panels, p.splits);
   const int64_t most = std::max<int64_t>(std::min(kChunk, kRing / (4 * pixels_held)) / panel, 1);
   p.chunk = ceil_divide(panels_each, ceil_divide(panels_each, most)) * panel;
-  // An odd number of cache lines between pixels spreads a column of them over all of L1's sets.
-  p.pitch = (ceil_divide(p.chunk, 16) | 1) * 16;
   return p;
 }
 

@@ -89,7 +89,6 @@ struct TrainLayout {
   int64_t project;           // w2 [out panels][C][panel]
   int64_t project_backward;  // w2 [hidden panels][Cout][panel]
   int64_t input;             // m [in panels][Cin][panel]
-  int64_t zeros;             // [hidden padded]
   int64_t scale2, shift2, a2, b2, c2, scale3, shift3, a3, b3, c3, c0;
   int64_t size;
 };
@@ -100,7 +99,7 @@ struct TrainLayout {
 // a run of pixels for a slot.
 struct TrainPlan {
   int64_t chunk;       // hidden channels a pass: whole panels
-  int64_t pitch;       // floats between pixels of a chunk
+  int64_t pitch;       // floats between pixels of a panel: its width
   int64_t group_rows;  // rows that go through a chunk's layers together
   int64_t row_parts;   // parts an image
   int64_t slots, splits;

@@ -6,36 +6,37 @@
 //     gz = a3 * g3 + b3 * z + c3                          backward; all of the part, [pixel][out padded], L2
 //     for each chunk of hidden channels
 //       for each group of rows
-//         expand     x rows -> ring of e                  [pixel][pitch]
-//         depthwise  ring of e -> d                       or d is read
-//         project             d -> h;  z += w2 h
-//         project_backward    d -> h, g2;  gw2 += gz h^T
-//         depthwise_backward  d -> ring of gd;  ring of gd, e -> g1, gwd;  t += g1 x^T;  g += w1^T g1
+//         for each panel of the chunk
+//           expand     x rows -> ring of e                [pixel][panel], L1
+//           depthwise  ring of e -> d                     or d is read
+//           project             d -> h
+//           project_backward    d -> h, g2;  gw2 += gz h^T
+//           depthwise_backward  d -> ring of gd;  ring of gd, e -> g1, gwd;  t += g1 x^T
+//         project             z += w2 h                   over the chunk's panels
+//         depthwise_backward  g += w1^T g1
+//
+// A panel's pixels adjoin, whatever the chunk's width: the depthwise passes read each row several times, and a few rows
+// of one panel fit in L1.
 //
 // No #pragma once: included once a tier.
 
 // ---- Outer products -------------------------------------------------------------------------------------------------
 
 // sums[i][j] += sum_p a[p][i] * b[p][j]: a tile of a product whose depth are pixels. Pixels are lda and ldb floats
-// apart.
+// apart. One pixel a turn: unrolled, GCC 12 runs out of registers.
 template <int Height, int Panel>
 NOINLINE void outer_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t pixels, float* sums,
                          int64_t pitch) {
   V::T acc[Height][Panel];
   UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::set(0);
-  const auto pixel = [&](const float* at_a, const float* at_b) __attribute__((always_inline)) {
+  for (; pixels > 0; --pixels, a += lda, b += ldb) {
     V::T w[Panel];
-    UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(at_b + j * V::width);
+    UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + j * V::width);
     UNROLL for (int i = 0; i < Height; ++i) {
-      const V::T p = V::broadcast(at_a + i);
+      const V::T p = V::broadcast(a + i);
       UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::fma(p, w[j], acc[i][j]);
     }
-  };
-  for (; pixels >= 2; pixels -= 2, a += 2 * lda, b += 2 * ldb) {
-    pixel(a, b);
-    pixel(a + lda, b + ldb);
   }
-  if (pixels) pixel(a, b);
   UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) {
     float* to = sums + i * pitch + j * V::width;
     V::store(to, V::add(V::load(to), acc[i][j]));
@@ -184,6 +185,22 @@ static ALWAYS_INLINE void add_to(double* sums, V::T v) {
   for (int i = 0; i < V::width; ++i) sums[i] += static_cast<double>(lanes[i]);
 }
 
+// A sum over pixels in several parts: one alone would wait for its last addition at every pixel.
+constexpr int kParts = 4;
+struct PixelSums {
+  V::T parts[kParts];
+  PixelSums() { UNROLL for (int i = 0; i < kParts; ++i) parts[i] = V::set(0); }
+  ALWAYS_INLINE V::T total() const { return V::add(V::add(parts[0], parts[1]), V::add(parts[2], parts[3])); }
+};
+
+// Calls body(pixel, part of its sums) for all pixels.
+template <class Body>
+ALWAYS_INLINE void for_pixels(int64_t pixels, const Body& body) {
+  int64_t p = 0;
+  for (; p + kParts <= pixels; p += kParts) UNROLL for (int i = 0; i < kParts; ++i) body(p + i, i);
+  for (; p < pixels; ++p) body(p, 0);
+}
+
 // The mean of some pixels' values, pitch floats apart: close enough to the mean of all to count from.
 NOINLINE V::T mean_of(const float* from, int64_t pitch, int64_t pixels) {
   V::T sum = V::set(0);
@@ -194,12 +211,13 @@ NOINLINE V::T mean_of(const float* from, int64_t pitch, int64_t pixels) {
 // Sums of values and of their squares, counted from `shift`, near their mean: so the squares' sum, and the variance
 // that is computed from it, stay accurate where the mean is large against the deviation.
 struct Moments {
-  V::T shift, sum, squares;
-  explicit Moments(const float* shift_) : shift(V::load(shift_)), sum(V::set(0)), squares(V::set(0)) {}
-  ALWAYS_INLINE void add(V::T v) {
+  const V::T shift;
+  PixelSums sum, squares;
+  explicit Moments(const float* shift_) : shift(V::load(shift_)) {}
+  ALWAYS_INLINE void add(int lane, V::T v) {
     const V::T shifted = V::sub(v, shift);
-    sum = V::add(sum, shifted);
-    squares = V::fma(shifted, shifted, squares);
+    sum.parts[lane] = V::add(sum.parts[lane], shifted);
+    squares.parts[lane] = V::fma(shifted, shifted, squares.parts[lane]);
   }
 };
 
@@ -300,16 +318,16 @@ static TrainBuffers train_buffers(const TrainArgs& a, const TrainLayout& l, cons
     b.g_left = max64(ceil_div(b.reach - 1 - a.pad_left, a.stride), 0);
     b.g_columns = b.g_left + max64(a.out_width, (a.width - 1 + a.pad_left) / a.stride + 1);
   }
-  const int64_t pixels = b.new_rows * a.out_width * p.pitch;
+  const int64_t pixels = b.new_rows * a.out_width * p.pitch, panels = p.chunk / p.pitch;
   const bool is_project = a.phase == TrainPhase::project, is_depthwise = a.phase == TrainPhase::depthwise;
   b.d = section(b.keeps_d ? 0 : pixels);
-  b.h = section(is_depthwise || b.backward ? 0 : pixels);
+  b.h = section(is_depthwise || b.backward ? 0 : (is_project ? panels : 1) * pixels);
   b.gh = section(is_depthwise || is_project ? 0 : pixels);
-  b.g1 = section(b.backward ? p.group_rows * a.width * p.pitch : 0);
+  b.g1 = section(b.backward ? p.group_rows * a.width * p.chunk : 0);
   b.gz = section(is_depthwise || is_project ? 0 : b.out_rows * a.out_width * l.out_padded);
   b.z = section(is_project ? b.out_rows * a.out_width * l.out_padded : 0);
-  b.ring = section(b.ring_rows * b.columns * p.pitch);
-  b.g_ring = section(b.g_rows * b.g_columns * p.pitch);
+  b.ring = section(b.ring_rows * b.columns * p.chunk);
+  b.g_ring = section(b.g_rows * b.g_columns * p.chunk);
   b.wide = section(b.wide_rows * a.width * b.wide_pitch);
   b.run_sums = section(b.backward ? (a.dims.kernel * a.dims.kernel + 1) * p.chunk : 0);
   b.shift = section(is_depthwise ? l.hidden_padded : is_project ? l.out_padded : 0);
@@ -371,122 +389,138 @@ struct TrainWork {
     return min64((end - 1 + a.pad_top) / a.stride + 1, a.out_height);
   }
 
-  ALWAYS_INLINE const Element* image_of(const void* tensor, int64_t pixels, int64_t channels) const {
-    return static_cast<const Element*>(tensor) + image * pixels * channels;
-  }
   ALWAYS_INLINE const float* input_row(int64_t row) const {
     if (b.widen) return scratch + b.wide + (row - wide_first) * a.width * b.wide_pitch;
     return static_cast<const float*>(a.x) + (image * a.height + row) * a.width * in_channels;
   }
   ALWAYS_INLINE int64_t input_pitch() const { return b.widen ? b.wide_pitch : in_channels; }
-  ALWAYS_INLINE float* ring_row(int64_t row) const {
-    return scratch + b.ring + row % b.ring_rows * b.columns * plan.pitch;
-  }
 
   void widen_rows(int64_t begin, int64_t end) {
     wide_first = begin;
     if (!b.widen || end <= begin) return;
-    widen_row<Storage>(image_of(a.x, a.height * a.width, in_channels) + begin * a.width * in_channels, in_channels,
-                       (end - begin) * a.width, in_channels, b.wide_pitch, scratch + b.wide);
+    const Element* x = static_cast<const Element*>(a.x) + (image * a.height + begin) * a.width * in_channels;
+    widen_row<Storage>(x, in_channels, (end - begin) * a.width, in_channels, b.wide_pitch, scratch + b.wide);
   }
 
-  void expand_rows(int64_t begin, int64_t end, int64_t hidden, int64_t vectors) {
+  // A panel of the chunk: hidden channels from `hidden` on. Its pixels lie plan.pitch floats apart in all of scratch.
+  struct Panel {
+    int64_t hidden, vectors;
+    int64_t index;  // in the chunk
+  };
+
+  ALWAYS_INLINE float* e_ring(const Panel& panel) const {
+    return scratch + b.ring + panel.index * b.ring_rows * b.columns * plan.pitch;
+  }
+  ALWAYS_INLINE int64_t e_row(int64_t row) const { return row % b.ring_rows * b.columns * plan.pitch; }
+  ALWAYS_INLINE float* gradient_row(const Panel& panel, int64_t row) const {
+    return scratch + b.g_ring + (panel.index * b.g_rows + row % b.g_rows) * b.g_columns * plan.pitch;
+  }
+  // g1 and, in project, h: of all panels, a group's pixels each
+  ALWAYS_INLINE int64_t panel_size() const {
+    return (b.backward ? plan.group_rows * a.width : b.new_rows * a.out_width) * plan.pitch;
+  }
+
+  void expand_rows(int64_t begin, int64_t end, const Panel& panel) {
     if (!a.dims.expand || end <= begin) return;
     int32_t* offsets = reinterpret_cast<int32_t*>(scratch + b.offsets);
-    float* ring = scratch + b.ring;
     int32_t* to = offsets;
     for (int64_t row = begin; row < end; ++row) {
-      int32_t at = static_cast<int32_t>(ring_row(row) - ring + a.pad_left * plan.pitch);
+      int32_t at = static_cast<int32_t>(e_row(row) + a.pad_left * plan.pitch);
       for (int64_t c = 0; c < a.width; ++c, at += static_cast<int32_t>(plan.pitch)) *to++ = at;
     }
-    const Rows rows{input_row(begin), input_pitch(), in_channels};
-    for (int64_t v = 0; v < vectors; v += l.hidden_panel) {
-      const int64_t first = hidden + v * V::width, width = min64(l.hidden_panel, vectors - v);
-      product(width, rows, (end - begin) * a.width, packed + l.expand + first * in_channels,
-              ExpandEpilogue{packed + l.expand_bias + first, ring + v * V::width, offsets, lo, hi});
-    }
+    product(panel.vectors, {input_row(begin), input_pitch(), in_channels}, (end - begin) * a.width,
+            packed + l.expand + panel.hidden * in_channels,
+            ExpandEpilogue{packed + l.expand_bias + panel.hidden, e_ring(panel), offsets, lo, hi});
   }
 
   // Rows [begin, end) of d into scratch.
-  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t vectors) {
+  void depthwise(int64_t begin, int64_t end, const Panel& panel) {
     const int64_t k = a.dims.kernel;
+    const bool expand = a.dims.expand;
     DepthwiseRow r;
     r.kernel = k;
     r.stride = a.stride;
     r.dilation = a.dilation;
     r.out_pitch = plan.pitch;
     r.out_width = a.out_width;
-    r.vectors = vectors;
-    r.weights = packed + l.depthwise + hidden * k * k;
-    r.bias = packed + l.zeros;
+    r.vectors = panel.vectors;
+    r.weights = packed + l.depthwise + panel.hidden * k * k;
+    r.bias = kZeros;
     r.lo = V::set(-kInfinity);
     r.hi = V::set(kInfinity);
-    r.pitch = a.dims.expand ? plan.pitch : input_pitch();
-    r.first_column = a.dims.expand ? 0 : -a.pad_left;  // the ring has its padding columns
-    r.width = a.dims.expand ? b.columns : a.width;
+    r.pitch = expand ? plan.pitch : input_pitch();
+    r.first_column = expand ? 0 : -a.pad_left;  // the ring has its padding columns
+    r.width = expand ? b.columns : a.width;
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t dy = 0; dy < k; ++dy) {
         const int64_t in = row * a.stride - a.pad_top + dy * a.dilation;
         if (in < 0 || in >= a.height)
           r.rows[dy] = nullptr;
         else
-          r.rows[dy] = a.dims.expand ? ring_row(in) : input_row(in) + hidden;
+          r.rows[dy] = expand ? e_ring(panel) + e_row(in) : input_row(in) + panel.hidden;
       }
       r.out = scratch + b.d + (row - begin) * a.out_width * plan.pitch;
       depthwise_row(r);
     }
   }
 
+  // The padding columns of a ring's rows, to which nothing else ever writes.
   static void zero_columns(float* ring, int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t pitch) {
     for (int64_t row = 0; row < rows; ++row, ring += columns * pitch) {
       for (int64_t i = 0; i < begin * pitch; ++i) ring[i] = 0;
       for (int64_t i = end * pitch; i < columns * pitch; ++i) ring[i] = 0;
     }
   }
+  void zero_e_columns() {
+    zero_columns(scratch + b.ring, plan.chunk / plan.pitch * b.ring_rows, b.columns, a.pad_left, a.pad_left + a.width,
+                 plan.pitch);
+  }
 
   // ---- Passes over a group's pixels, a vector of channels at a time ----
 
   // d -> a.d_out, and its moments.
-  void finish_depthwise(int64_t pixel, int64_t pixels, int64_t hidden, int64_t vectors, bool first) {
-    float* shift = scratch + b.shift + hidden;
-    const float* d = scratch + b.d;
-    for (int64_t v = 0; v < vectors; ++v, d += V::width, shift += V::width) {
-      const int64_t channel = hidden + v * V::width;
+  void finish_depthwise(int64_t pixel, int64_t pixels, const Panel& panel, bool first) {
+    for (int64_t v = 0; v < panel.vectors; ++v) {
+      const int64_t channel = panel.hidden + v * V::width;
+      const float* d = scratch + b.d + v * V::width;
+      float* shift = scratch + b.shift + channel;
       if (first) V::store(shift, mean_of(d, plan.pitch, pixels));
       Moments moments(shift);
       if (a.d_out) {
         const Lanes<Storage> lanes(hidden_channels - channel);
         Element* out = static_cast<Element*>(a.d_out) + pixel * hidden_channels + channel;
-        for (int64_t p = 0; p < pixels; ++p, out += hidden_channels) {
+        for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
           const V::T value = V::load(d + p * plan.pitch);
-          moments.add(value);
-          lanes.store(out, value);
-        }
+          moments.add(part, value);
+          lanes.store(out + p * hidden_channels, value);
+        });
       } else {
-        for (int64_t p = 0; p < pixels; ++p) moments.add(V::load(d + p * plan.pitch));
+        for_pixels(pixels, [&](int64_t p, int part)
+                               __attribute__((always_inline)) { moments.add(part, V::load(d + p * plan.pitch)); });
       }
-      add_to(item.sums + channel, moments.sum);
-      add_to(item.sums + plan.sum_width + channel, moments.squares);
+      add_to(item.sums + channel, moments.sum.total());
+      add_to(item.sums + plan.sum_width + channel, moments.squares.total());
     }
   }
 
-  // Calls pass(source of d, its pitch, lanes of a vector) where a group's d lies: in scratch or in a.d.
+  // Calls pass(where the d of a group lies, its pitch, lanes of a vector): `at` pixels into scratch, or in a.d.
   template <class Pass>
-  ALWAYS_INLINE void with_d(int64_t pixel, int64_t channel, int64_t hidden, const Pass& pass) {
+  ALWAYS_INLINE void with_d(int64_t pixel, int64_t at, const Panel& panel, int64_t v, const Pass& pass) {
+    const int64_t channel = panel.hidden + v * V::width;
     if (b.keeps_d)
       pass(static_cast<const Element*>(a.d) + pixel * hidden_channels + channel, hidden_channels,
            Lanes<Storage>(hidden_channels - channel));
     else
-      pass(static_cast<const float*>(scratch + b.d + channel - hidden), plan.pitch, Lanes<F32>(V::width));
+      pass(static_cast<const float*>(scratch + b.d + at * plan.pitch + v * V::width), plan.pitch, Lanes<F32>(V::width));
   }
 
   // d -> h
-  void activate(int64_t pixel, int64_t pixels, int64_t hidden, int64_t vectors) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t channel = hidden + v * V::width;
+  void activate(int64_t pixel, int64_t pixels, const Panel& panel) {
+    for (int64_t v = 0; v < panel.vectors; ++v) {
+      const int64_t channel = panel.hidden + v * V::width;
       const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
-      float* h = scratch + b.h + v * V::width;
-      with_d(pixel, channel, hidden, [&](auto d, int64_t pitch, auto lanes) {
+      float* h = scratch + b.h + panel.index * panel_size() + v * V::width;
+      with_d(pixel, 0, panel, v, [&](auto d, int64_t pitch, auto lanes) __attribute__((always_inline)) {
         for (int64_t p = 0; p < pixels; ++p)
           V::store(h + p * plan.pitch, V::clamp(V::fma(lanes.load(d + p * pitch), scale, shift), lo, hi));
       });
@@ -494,38 +528,37 @@ struct TrainWork {
   }
 
   // d and gh -> h, and the sums of g2 and g2 d.
-  void project_backward_sums(int64_t pixel, int64_t pixels, int64_t hidden, int64_t vectors) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t channel = hidden + v * V::width;
+  void project_backward_sums(int64_t pixel, int64_t pixels, const Panel& panel) {
+    for (int64_t v = 0; v < panel.vectors; ++v) {
+      const int64_t channel = panel.hidden + v * V::width;
       const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
-      float* h = scratch + b.h + v * V::width;
       const float* gh = scratch + b.gh + v * V::width;
-      V::T sum = V::set(0), sum_d = V::set(0);
-      with_d(pixel, channel, hidden, [&](auto from, int64_t pitch, auto lanes) {
-        for (int64_t p = 0; p < pixels; ++p) {
+      float* h = scratch + b.h + v * V::width;
+      PixelSums sum, product;
+      with_d(pixel, 0, panel, v, [&](auto from, int64_t pitch, auto lanes) __attribute__((always_inline)) {
+        for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
           const V::T d = lanes.load(from + p * pitch), before = V::fma(d, scale, shift);
           const V::T g = open.keep(V::load(gh + p * plan.pitch), before);
           V::store(h + p * plan.pitch, V::clamp(before, lo, hi));
-          sum = V::add(sum, g);
-          sum_d = V::fma(g, d, sum_d);
-        }
+          sum.parts[part] = V::add(sum.parts[part], g);
+          product.parts[part] = V::fma(g, d, product.parts[part]);
+        });
       });
-      add_to(item.sums + channel, sum);
-      add_to(item.sums + plan.sum_width + channel, sum_d);
+      add_to(item.sums + channel, sum.total());
+      add_to(item.sums + plan.sum_width + channel, product.total());
     }
   }
 
-  // d and gh -> gd: a row of it, into its ring.
-  void normalise_backward(int64_t pixel, int64_t at, int64_t hidden, int64_t vectors, float* to) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t channel = hidden + v * V::width;
+  // d and gh -> gd: a row of it, into its ring; `at`: the row's first pixel in scratch.
+  void normalise_backward(int64_t pixel, int64_t at, const Panel& panel, float* to) {
+    for (int64_t v = 0; v < panel.vectors; ++v) {
+      const int64_t channel = panel.hidden + v * V::width;
       const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
       const V::T wg = V::load(packed + l.a2 + channel), wd = V::load(packed + l.b2 + channel);
       const V::T w = V::load(packed + l.c2 + channel);
       const float* gh = scratch + b.gh + at * plan.pitch + v * V::width;
       float* gd = to + v * V::width;
-      with_d(pixel, channel, hidden, [&](auto from, int64_t pitch, auto lanes) {
-        if (!b.keeps_d) from += at * pitch;
+      with_d(pixel, at, panel, v, [&](auto from, int64_t pitch, auto lanes) __attribute__((always_inline)) {
         for (int64_t p = 0; p < a.out_width; ++p) {
           const V::T d = lanes.load(from + p * pitch);
           const V::T g = open.keep(V::load(gh + p * plan.pitch), V::fma(d, scale, shift));
@@ -557,54 +590,57 @@ struct TrainWork {
 
   // ---- Products of a group ----
 
+  // Calls product(rows of all the chunk's panels, the first channel, whether nothing was summed yet): at most twice, as
+  // a last panel with fewer channels cannot follow the others as a segment. `first` is the first panel's first row.
+  template <class Product>
+  ALWAYS_INLINE void for_segments(const float* first, int64_t hidden, int64_t channels, const Product& multiply) {
+    const int64_t whole = channels / plan.pitch, rest = channels % plan.pitch;
+    const bool fresh = hidden == item.hidden_begin;
+    if (whole) multiply(Rows{first, plan.pitch, plan.pitch, whole, panel_size()}, hidden, fresh);
+    if (rest)
+      multiply(Rows{first + whole * panel_size(), plan.pitch, rest}, hidden + whole * plan.pitch, fresh && !whole);
+  }
+
   // z += w2 h over a chunk; `to` is the group's first pixel in scratch.
-  void project(int64_t pixels, int64_t hidden, int64_t depth, bool first, float* to) {
+  void project(int64_t pixels, int64_t hidden, int64_t channels, float* to) {
     const int64_t vectors = l.out_padded / V::width;
     for (int64_t v = 0; v < vectors; v += l.out_panel) {
       const int64_t width = min64(l.out_panel, vectors - v);
-      const float* w = packed + l.project + (v * hidden_channels + hidden * width) * V::width;
       float* out = to + v * V::width;
-      const Sums start{kZeros, first ? nullptr : out, l.out_padded};
-      product(width, {scratch + b.h, plan.pitch, depth}, pixels, w, KeepSum{start, out});
+      for_segments(scratch + b.h, hidden, channels, [&](const Rows& rows, int64_t channel, bool fresh) {
+        const float* w = packed + l.project + (v * hidden_channels + channel * width) * V::width;
+        product(width, rows, pixels, w, KeepSum{{kZeros, fresh ? nullptr : out, l.out_padded}, out});
+      });
     }
   }
 
   // gh = w2^T gz; `from` is the group's first pixel of gz.
-  void project_transposed(const float* from, int64_t pixels, int64_t hidden, int64_t vectors) {
-    for (int64_t v = 0; v < vectors; v += l.hidden_panel) {
-      const int64_t first = hidden + v * V::width, width = min64(l.hidden_panel, vectors - v);
-      float* out = scratch + b.gh + v * V::width;
-      product(width, {from, l.out_padded, out_channels}, pixels, packed + l.project_backward + first * out_channels,
-              KeepSum{{kZeros, nullptr, plan.pitch}, out});
-    }
+  void project_transposed(const float* from, int64_t pixels, const Panel& panel) {
+    product(panel.vectors, {from, l.out_padded, out_channels}, pixels,
+            packed + l.project_backward + panel.hidden * out_channels,
+            KeepSum{{kZeros, nullptr, plan.pitch}, scratch + b.gh});
   }
 
   // matrix[i][c] += sum over pixels of from[i] * of[c]
-  void add_outer(const float* from, int64_t from_pitch, int64_t rows, const float* of, int64_t pixels, int64_t hidden,
-                 int64_t vectors) {
-    for (int64_t v = 0; v < vectors; v += l.hidden_panel)
-      outer_product(min64(l.hidden_panel, vectors - v), from, from_pitch, rows, of + v * V::width, plan.pitch, pixels,
-                    item.matrix + hidden + v * V::width, l.hidden_padded);
+  void add_outer(const float* from, int64_t from_pitch, int64_t rows, const float* of, int64_t pixels,
+                 const Panel& panel) {
+    outer_product(panel.vectors, from, from_pitch, rows, of, plan.pitch, pixels, item.matrix + panel.hidden,
+                  l.hidden_padded);
   }
 
   // g += w1^T g1 over a chunk; `to` is the group's first pixel.
-  void expand_transposed(int64_t pixels, int64_t hidden, int64_t depth, bool first, float* to) {
+  void expand_transposed(int64_t pixels, int64_t hidden, int64_t channels, float* to) {
     const int64_t vectors = l.in_padded / V::width;
     for (int64_t v = 0; v < vectors; v += l.in_panel) {
-      const int64_t width = min64(l.in_panel, vectors - v);
-      const float* w = packed + l.expand_backward + (v * hidden_channels + hidden * width) * V::width;
-      product(width, {scratch + b.g1, plan.pitch, depth}, pixels, w,
-              AddRows{to + v * V::width, in_channels, static_cast<int>(in_channels - v * V::width), first});
+      const int64_t width = min64(l.in_panel, vectors - v), count = in_channels - v * V::width;
+      for_segments(scratch + b.g1, hidden, channels, [&](const Rows& rows, int64_t channel, bool fresh) {
+        const float* w = packed + l.expand_backward + (v * hidden_channels + channel * width) * V::width;
+        product(width, rows, pixels, w, AddRows{to + v * V::width, in_channels, static_cast<int>(count), fresh});
+      });
     }
   }
 
   // ---- The phases with hidden channels ----
-
-  template <class Body>
-  ALWAYS_INLINE void for_each_chunk(const Body& body) {
-    for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk)
-      body(hidden, ceil_div(min64(plan.chunk, item.hidden_end - hidden), V::width));
-  }
 
   template <class Body>
   ALWAYS_INLINE void for_each_part(int64_t rows, const Body& body) {
@@ -616,44 +652,61 @@ struct TrainWork {
     }
   }
 
+  // body(first hidden channel, one past the last, padding included)
+  template <class Body>
+  ALWAYS_INLINE void for_each_chunk(const Body& body) {
+    for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk)
+      body(hidden, min64(hidden + plan.chunk, item.hidden_end));
+  }
+
+  template <class Body>
+  ALWAYS_INLINE void for_each_panel(int64_t hidden, int64_t end, const Body& body) {
+    for (Panel panel{hidden, 0, 0}; panel.hidden < end; panel.hidden += plan.pitch, ++panel.index) {
+      panel.vectors = min64(plan.pitch, end - panel.hidden) / V::width;
+      body(panel);
+    }
+  }
+
   void forward_phases() {
     const bool is_depthwise = a.phase == TrainPhase::depthwise, is_project = a.phase == TrainPhase::project;
-    zero_columns(scratch + b.ring, b.ring_rows, b.columns, a.pad_left, a.pad_left + a.width, plan.pitch);
+    zero_e_columns();
     bool first_part = true;
     int64_t item_pixels = 0;
     for_each_part(a.out_height, [&](int64_t part_begin, int64_t part_end) {
       const int64_t part_pixel = (image * a.out_height + part_begin) * a.out_width;
+      const int64_t part_pixels = (part_end - part_begin) * a.out_width;
       if (!b.keeps_d) widen_rows(first_input_row(part_begin), end_input_row(part_end));
-      if (!is_depthwise && !is_project) gradient_of_z(part_pixel, (part_end - part_begin) * a.out_width);
-      for_each_chunk([&](int64_t hidden, int64_t vectors) {
+      if (!is_depthwise && !is_project) gradient_of_z(part_pixel, part_pixels);
+      for_each_chunk([&](int64_t hidden, int64_t hidden_end) {
         int64_t expanded = first_input_row(part_begin);
         for (int64_t row = part_begin; row < part_end; row += plan.group_rows) {
           const int64_t row_end = min64(row + plan.group_rows, part_end), pixels = (row_end - row) * a.out_width;
           const int64_t pixel = (image * a.out_height + row) * a.out_width;
-          if (!b.keeps_d) {
-            const int64_t end = end_input_row(row_end);
-            expand_rows(max64(expanded, first_input_row(row)), end, hidden, vectors);
-            expanded = max64(expanded, end);
-            depthwise(row, row_end, hidden, vectors);
-          }
-          const int64_t depth = min64(vectors * V::width, hidden_channels - hidden);
           const int64_t at = (pixel - part_pixel) * l.out_padded;
-          if (is_depthwise) {
-            finish_depthwise(pixel, pixels, hidden, vectors, first_part && row == part_begin);
-          } else if (is_project) {
-            activate(pixel, pixels, hidden, vectors);
-            project(pixels, hidden, depth, hidden == item.hidden_begin, scratch + b.z + at);
-          } else {
-            const float* gz = scratch + b.gz + at;
-            project_transposed(gz, pixels, hidden, vectors);
-            project_backward_sums(pixel, pixels, hidden, vectors);
-            if (item.matrix) add_outer(gz, l.out_padded, out_channels, scratch + b.h, pixels, hidden, vectors);
-          }
+          const int64_t expand_begin = max64(expanded, first_input_row(row)), expand_end = end_input_row(row_end);
+          expanded = max64(expanded, expand_end);
+          for_each_panel(hidden, hidden_end, [&](const Panel& panel) {
+            if (!b.keeps_d) {
+              expand_rows(expand_begin, expand_end, panel);
+              depthwise(row, row_end, panel);
+            }
+            if (is_depthwise) {
+              finish_depthwise(pixel, pixels, panel, first_part && row == part_begin);
+            } else if (is_project) {
+              activate(pixel, pixels, panel);
+            } else {
+              const float* gz = scratch + b.gz + at;
+              project_transposed(gz, pixels, panel);
+              project_backward_sums(pixel, pixels, panel);
+              if (item.matrix) add_outer(gz, l.out_padded, out_channels, scratch + b.h, pixels, panel);
+            }
+          });
+          if (is_project) project(pixels, hidden, min64(hidden_end, hidden_channels) - hidden, scratch + b.z + at);
         }
       });
-      if (is_project) finish_project(part_pixel, (part_end - part_begin) * a.out_width, first_part);
+      if (is_project) finish_project(part_pixel, part_pixels, first_part);
       first_part = false;
-      item_pixels += (part_end - part_begin) * a.out_width;
+      item_pixels += part_pixels;
     });
     if (first_part || !(is_depthwise || is_project)) return;
     const int64_t begin = is_depthwise ? item.hidden_begin : 0, end = is_depthwise ? item.hidden_end : l.out_padded;
@@ -671,106 +724,103 @@ struct TrainWork {
         if (first && begin == 0) V::store(scratch + b.shift + c, mean_of(z, l.out_padded, count));
         Moments moments(scratch + b.shift + c);
         Element* out = static_cast<Element*>(a.z_out) + (pixel + begin) * out_channels + c;
-        for (int64_t p = 0; p < count; ++p) {
+        for_pixels(count, [&](int64_t p, int part) __attribute__((always_inline)) {
           const V::T value = V::load(z + p * l.out_padded);
-          moments.add(value);
+          moments.add(part, value);
           lanes.store(out + p * out_channels, value);
-        }
-        add_to(item.sums + c, moments.sum);
-        add_to(item.sums + plan.sum_width + c, moments.squares);
+        });
+        add_to(item.sums + c, moments.sum.total());
+        add_to(item.sums + plan.sum_width + c, moments.squares.total());
       }
     }
   }
 
-  // Rows [begin, end) of gd into their ring.
-  void gradient_rows(int64_t begin, int64_t end, int64_t part_first, int64_t hidden, int64_t vectors) {
+  // Rows [begin, end) of gd into their ring; gz in scratch begins at row `gz_begin`.
+  void gradient_rows(int64_t begin, int64_t end, int64_t gz_begin, const Panel& panel) {
     if (end <= begin) return;
-    if (!b.keeps_d) depthwise(begin, end, hidden, vectors);
-    project_transposed(scratch + b.gz + (begin - part_first) * a.out_width * l.out_padded, (end - begin) * a.out_width,
-                       hidden, vectors);
+    if (!b.keeps_d) depthwise(begin, end, panel);
+    const float* gz = scratch + b.gz + (begin - gz_begin) * a.out_width * l.out_padded;
+    project_transposed(gz, (end - begin) * a.out_width, panel);
     for (int64_t row = begin; row < end; ++row)
-      normalise_backward((image * a.out_height + row) * a.out_width, (row - begin) * a.out_width, hidden, vectors,
-                         gradient_row(row) + b.g_left * plan.pitch);
-  }
-  ALWAYS_INLINE float* gradient_row(int64_t row) const {
-    return scratch + b.g_ring + row % b.g_rows * b.g_columns * plan.pitch;
+      normalise_backward((image * a.out_height + row) * a.out_width, (row - begin) * a.out_width, panel,
+                         gradient_row(panel, row) + b.g_left * plan.pitch);
   }
 
-  // A row of g1 from the ring of gd, with its share of gwd and of the sum of g1.
-  void depthwise_transposed(int64_t row, int64_t hidden, int64_t vectors, float* out) {
+  // A row of g1 from the ring of gd, with its share of gwd and of the sum of g1, which run on in the chunk's sums.
+  void depthwise_transposed(int64_t row, const Panel& panel, float* out) {
     const int64_t k = a.dims.kernel;
     const bool expand = a.dims.expand;
+    const int64_t e_pitch = expand ? plan.pitch : input_pitch();
+    const float* e = expand ? e_ring(panel) + e_row(row) + a.pad_left * plan.pitch : input_row(row) + panel.hidden;
     Tap taps[kMaxKernel * kMaxKernel];
     DepthwiseBackward r = {taps,
                            0,
                            plan.pitch,
                            nullptr,
-                           a.stride * (expand ? plan.pitch : input_pitch()),
+                           a.stride * e_pitch,
                            nullptr,
                            a.stride * plan.pitch,
-                           vectors,
+                           panel.vectors,
                            k * k * V::width,
-                           packed + l.depthwise + hidden * k * k,
-                           scratch + b.run_sums,
-                           scratch + b.run_sums + k * k * plan.chunk,
+                           packed + l.depthwise + panel.hidden * k * k,
+                           scratch + b.run_sums + panel.index * plan.pitch * k * k,
+                           scratch + b.run_sums + plan.chunk * k * k + panel.index * plan.pitch,
                            expand ? open : Open({-kInfinity, kInfinity})};
-    const float* e = expand ? ring_row(row) + a.pad_left * plan.pitch : input_row(row) + hidden;
     for (int64_t first = 0; first < min64(a.stride, a.width); ++first) {
       r.tap_count = 0;
       for (int64_t dy = 0; dy < k; ++dy) {
         const int64_t y = row + a.pad_top - dy * a.dilation;
         if (y < 0 || y % a.stride != 0 || y / a.stride >= a.out_height) continue;
+        const float* gradient = gradient_row(panel, y / a.stride) + b.g_left * plan.pitch;
         for (int64_t dx = 0; dx < k; ++dx) {
           const int64_t x = first + a.pad_left - dx * a.dilation;
-          if (x % a.stride != 0) continue;
-          taps[r.tap_count++] = {gradient_row(y / a.stride) + (b.g_left + x / a.stride) * plan.pitch,
-                                 (dy * k + dx) * V::width};
+          if (x % a.stride == 0) taps[r.tap_count++] = {gradient + x / a.stride * plan.pitch, (dy * k + dx) * V::width};
         }
       }
-      r.e = e + first * (expand ? plan.pitch : input_pitch());
+      r.e = e + first * e_pitch;
       r.out = out + first * plan.pitch;
       depthwise_backward_columns(r, ceil_div(a.width - first, a.stride));
     }
   }
 
-  // The sums of a part and chunk, in short runs so far, to the item's.
-  void flush_sums(int64_t hidden, int64_t vectors) {
+  // The sums of a part and chunk, to the item's.
+  void flush_sums(int64_t hidden, int64_t end) {
     const int64_t taps = a.dims.kernel * a.dims.kernel;
-    float* run = scratch + b.run_sums;
-    for (int64_t v = 0; v < vectors; ++v) {
-      double* to = item.sums + hidden + v * V::width;
-      add_to(to, V::load(run + taps * plan.chunk + v * V::width));
+    const float *products = scratch + b.run_sums, *sums = products + plan.chunk * taps;
+    for (int64_t c = 0; c < end - hidden; c += V::width) {
+      double* to = item.sums + hidden + c;
+      add_to(to, V::load(sums + c));
       for (int64_t t = 0; t < taps; ++t)
-        add_to(to + (1 + t) * plan.sum_width, V::load(run + (v * taps + t) * V::width));
+        add_to(to + (1 + t) * plan.sum_width, V::load(products + c * taps + t * V::width));
     }
   }
 
   // g1 itself is the result where there is no expand layer.
-  void keep_rows(int64_t pixel, int64_t pixels, int64_t hidden, int64_t vectors) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      const Lanes<F32> lanes(hidden_channels - hidden - v * V::width);
-      const float* from = scratch + b.g1 + v * V::width;
-      float* to = a.g_out + pixel * hidden_channels + hidden + v * V::width;
+  void keep_rows(int64_t pixel, int64_t pixels, const Panel& panel) {
+    for (int64_t v = 0; v < panel.vectors; ++v) {
+      const int64_t channel = panel.hidden + v * V::width;
+      const Lanes<F32> lanes(hidden_channels - channel);
+      const float* from = scratch + b.g1 + panel.index * panel_size() + v * V::width;
+      float* to = a.g_out + pixel * hidden_channels + channel;
       for (int64_t p = 0; p < pixels; ++p) lanes.store(to + p * hidden_channels, V::load(from + p * plan.pitch));
     }
   }
 
   void depthwise_backward() {
-    zero_columns(scratch + b.ring, b.ring_rows, b.columns, a.pad_left, a.pad_left + a.width, plan.pitch);
-    zero_columns(scratch + b.g_ring, b.g_rows, b.g_columns, b.g_left, b.g_left + a.out_width, plan.pitch);
+    const int64_t run_sums = (a.dims.kernel * a.dims.kernel + 1) * plan.chunk;
+    zero_e_columns();
+    zero_columns(scratch + b.g_ring, plan.chunk / plan.pitch * b.g_rows, b.g_columns, b.g_left, b.g_left + a.out_width,
+                 plan.pitch);
     for_each_part(a.height, [&](int64_t part_begin, int64_t part_end) {
-      const int64_t out_begin = first_out_row(part_begin), out_end = end_out_row(part_end);
-      const bool has_out = out_begin < out_end;
+      const int64_t out_begin = first_out_row(part_begin), out_end = max64(end_out_row(part_end), out_begin);
       int64_t first = part_begin, end = part_end;
-      if (!b.keeps_d && has_out) {
+      if (!b.keeps_d && out_begin < out_end) {
         first = min64(first, first_input_row(out_begin));
         end = max64(end, end_input_row(out_end));
       }
       widen_rows(first, end);
-      if (has_out) gradient_of_z((image * a.out_height + out_begin) * a.out_width, (out_end - out_begin) * a.out_width);
-      for_each_chunk([&](int64_t hidden, int64_t vectors) {
-        const int64_t depth = min64(vectors * V::width, hidden_channels - hidden);
-        const int64_t run_sums = (a.dims.kernel * a.dims.kernel + 1) * plan.chunk;
+      gradient_of_z((image * a.out_height + out_begin) * a.out_width, (out_end - out_begin) * a.out_width);
+      for_each_chunk([&](int64_t hidden, int64_t hidden_end) {
         for (int64_t i = 0; i < run_sums; ++i) scratch[b.run_sums + i] = 0;
         int64_t expanded = first, made = out_begin;
         for (int64_t row = part_begin; row < part_end; row += plan.group_rows) {
@@ -778,21 +828,22 @@ struct TrainWork {
           const int64_t pixel = (image * a.height + row) * a.width;
           const int64_t make = max64(min64(end_out_row(row_end), out_end), made);
           const int64_t expand_end = b.keeps_d || make == made ? row_end : max64(row_end, end_input_row(make));
-          expand_rows(expanded, expand_end, hidden, vectors);
+          for_each_panel(hidden, hidden_end, [&](const Panel& panel) {
+            expand_rows(expanded, expand_end, panel);
+            gradient_rows(made, make, out_begin, panel);
+            float* g1 = scratch + b.g1 + panel.index * panel_size();
+            for (int64_t r = row; r < row_end; ++r)
+              depthwise_transposed(r, panel, g1 + (r - row) * a.width * plan.pitch);
+            if (item.matrix) add_outer(input_row(row), input_pitch(), in_channels, g1, pixels, panel);
+            if (a.g_out && !a.dims.expand) keep_rows(pixel, pixels, panel);
+          });
           expanded = max64(expanded, expand_end);
-          gradient_rows(made, make, out_begin, hidden, vectors);
           made = make;
-          for (int64_t r = row; r < row_end; ++r)
-            depthwise_transposed(r, hidden, vectors, scratch + b.g1 + (r - row) * a.width * plan.pitch);
-          if (!a.g_out) continue;
-          if (!a.dims.expand) {
-            keep_rows(pixel, pixels, hidden, vectors);
-            continue;
-          }
-          add_outer(input_row(row), input_pitch(), in_channels, scratch + b.g1, pixels, hidden, vectors);
-          expand_transposed(pixels, hidden, depth, hidden == item.hidden_begin, item.g_out + pixel * in_channels);
+          if (a.g_out && a.dims.expand)
+            expand_transposed(pixels, hidden, min64(hidden_end, hidden_channels) - hidden,
+                              item.g_out + pixel * in_channels);
         }
-        flush_sums(hidden, vectors);
+        flush_sums(hidden, hidden_end);
       });
     });
   }
@@ -815,14 +866,14 @@ struct TrainWork {
       for (int64_t c = 0; c < l.in_padded; c += V::width) {
         if (pixel == item.begin) V::store(shift + c, mean_of(rows + c, b.wide_pitch, pixels));
         const V::T from = V::load(shift + c);
-        V::T sum = V::set(0);
-        for (int64_t p = 0; p < pixels; ++p) {
+        PixelSums sum;
+        for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
           float* at = rows + p * b.wide_pitch + c;
           const V::T value = V::sub(V::load(at), from);
           V::store(at, value);
-          sum = V::add(sum, value);
-        }
-        add_to(item.sums + c, sum);
+          sum.parts[part] = V::add(sum.parts[part], value);
+        });
+        add_to(item.sums + c, sum.total());
       }
       // the panels on and above the diagonal
       const int64_t vectors = l.in_padded / V::width;
@@ -879,15 +930,15 @@ struct TrainWork {
         const int64_t at = pixel * out_channels + c;
         const Element *gy = static_cast<const Element*>(a.gy) + at, *z = static_cast<const Element*>(a.z) + at;
         const V::T scale = V::load(packed + l.scale3 + c), shift = V::load(packed + l.shift3 + c);
-        V::T sum = V::set(0), sum_z = V::set(0);
-        for (int64_t p = 0; p < pixels; ++p) {
+        PixelSums sum, product;
+        for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
           const V::T value = lanes.load(z + p * out_channels);
           const V::T g = final_open.keep(lanes.load(gy + p * out_channels), V::fma(value, scale, shift));
-          sum = V::add(sum, g);
-          sum_z = V::fma(g, value, sum_z);
-        }
-        add_to(item.sums + c, sum);
-        add_to(item.sums + plan.sum_width + c, sum_z);
+          sum.parts[part] = V::add(sum.parts[part], g);
+          product.parts[part] = V::fma(g, value, product.parts[part]);
+        });
+        add_to(item.sums + c, sum.total());
+        add_to(item.sums + plan.sum_width + c, product.total());
       }
     });
   }
