@@ -218,7 +218,7 @@ def test_each_file_gets_its_own_flags(source: Path, tmp_path: Path) -> None:
     # The layers: torch's headers for the ops alone, pybind11's for the module alone, none for the core.
     assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in calls["ops.cpp"]
     assert any("torch" in word for word in calls["ops.cpp"][calls["ops.cpp"].index("-isystem") :])
-    assert {name for name in sources if "-isystem" in calls[name]} == {"ops.cpp", "module.cpp"}
+    assert {name for name in sources if "-isystem" in calls[name]} == {"ops.cpp", "train_ops.cpp", "module.cpp"}
     assert str(Path(torch.__file__).parent / "include") not in calls["module.cpp"]
 
 

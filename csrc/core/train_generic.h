@@ -106,36 +106,54 @@ struct DepthwiseBackward {
   Open open;
 };
 
+// A run's pixels, `pitch` floats apart; three share a pointer, as in tile().
 template <int Count>
-ALWAYS_INLINE void depthwise_backward_run(const DepthwiseBackward& r, int64_t column, int64_t vector) {
-  constexpr int kBases = (Count + 2) / 3;  // as in tile()
-  V::T acc[Count], e[Count];
-  {
-    const float* base[kBases];
-    UNROLL for (int i = 0; i < kBases; ++i) base[i] = r.e + (column + 3 * i) * r.e_pitch + vector * V::width;
-    UNROLL for (int u = 0; u < Count; ++u) e[u] = V::load(base[u / 3] + (u % 3) * r.e_pitch);
+struct Run {
+  static constexpr int kBases = (Count + 2) / 3;
+  const float* base[kBases];
+  int64_t pitch;
+  ALWAYS_INLINE Run(const float* first, int64_t pitch_) : pitch(pitch_) {
+    base[0] = first;
+    UNROLL for (int i = 1; i < kBases; ++i) {
+      KEEP(base[i - 1]);  // as in depthwise_run()
+      base[i] = base[i - 1] + 3 * pitch;
+    }
   }
-  UNROLL for (int u = 0; u < Count; ++u) acc[u] = V::set(0);
+  ALWAYS_INLINE V::T load(int u) const { return V::load(base[u / 3] + (u % 3) * pitch); }
+};
+
+template <int Count>
+ALWAYS_INLINE void depthwise_backward_run(const DepthwiseBackward& r, const Open& open, int64_t column,
+                                          int64_t vector) {
+  V::T acc[Count], e[Count];
+  const Run<Count> values(r.e + column * r.e_pitch + vector * V::width, r.e_pitch);
+  UNROLL for (int u = 0; u < Count; ++u) {
+    e[u] = values.load(u);
+    acc[u] = V::set(0);
+  }
   const float* weights = r.weights + vector * r.window;
   float* weight_sums = r.weight_sums + vector * r.window;
-  const int64_t at = column * r.g_pitch + vector * V::width;
-  for (int64_t t = 0; t < r.tap_count; ++t) {
-    const Tap tap = r.taps[t];
-    const V::T w = V::load(weights + tap.weight);
-    V::T sum = V::load(weight_sums + tap.weight);
-    const float* base[kBases];
-    UNROLL for (int i = 0; i < kBases; ++i) base[i] = tap.g + at + 3 * i * r.g_pitch;
+  const int64_t at = column * r.g_pitch + vector * V::width, pitch = r.g_pitch;
+  const Tap* const end = r.taps + r.tap_count;
+  for (const Tap* tap = r.taps; tap < end; ++tap) {
+    const V::T w = V::load(weights + tap->weight);
+    // Two sums: the multiply-adds into one would wait for each other.
+    V::T sum = V::load(weight_sums + tap->weight), odd = V::set(0);
+    const Run<Count> gradients(tap->g + at, pitch);
     UNROLL for (int u = 0; u < Count; ++u) {
-      const V::T g = V::load(base[u / 3] + (u % 3) * r.g_pitch);
+      const V::T g = gradients.load(u);
       acc[u] = V::fma(g, w, acc[u]);
-      sum = V::fma(g, e[u], sum);
+      if (u % 2)
+        odd = V::fma(g, e[u], odd);
+      else
+        sum = V::fma(g, e[u], sum);
     }
-    V::store(weight_sums + tap.weight, sum);
+    V::store(weight_sums + tap->weight, V::add(sum, odd));
   }
   V::T sum = V::load(r.sums + vector * V::width);
   float* out = r.out + column * r.out_pitch + vector * V::width;
   UNROLL for (int u = 0; u < Count; ++u) {
-    const V::T g = r.open.keep(acc[u], e[u]);
+    const V::T g = open.keep(acc[u], e[u]);
     sum = V::add(sum, g);
     V::store(out + u * r.out_pitch, g);
   }
@@ -143,13 +161,14 @@ ALWAYS_INLINE void depthwise_backward_run(const DepthwiseBackward& r, int64_t co
 }
 
 template <int Count>
-ALWAYS_INLINE void depthwise_backward_runs_of(int64_t run, const DepthwiseBackward& r, int64_t column, int64_t count) {
+ALWAYS_INLINE void depthwise_backward_runs_of(int64_t run, const DepthwiseBackward& r, const Open& open, int64_t column,
+                                              int64_t count) {
   if constexpr (Count >= 1) {
     if (run == Count) {
       for (; count > 0; --count, column += Count)
-        for (int64_t v = 0; v < r.vectors; ++v) depthwise_backward_run<Count>(r, column, v);
+        for (int64_t v = 0; v < r.vectors; ++v) depthwise_backward_run<Count>(r, open, column, v);
     } else {
-      depthwise_backward_runs_of<Count - 1>(run, r, column, count);
+      depthwise_backward_runs_of<Count - 1>(run, r, open, column, count);
     }
   }
 }
@@ -159,8 +178,9 @@ NOINLINE void depthwise_backward_columns(const DepthwiseBackward& r, int64_t col
   const int64_t count = ceil_div(columns, V::kMaxBackwardRun);
   if (count == 0) return;
   const int64_t low = columns / count, longer = columns % count;
-  if (longer) depthwise_backward_runs_of<V::kMaxBackwardRun>(low + 1, r, 0, longer);
-  depthwise_backward_runs_of<V::kMaxBackwardRun>(low, r, longer * (low + 1), count - longer);
+  const Open open = r.open;
+  if (longer) depthwise_backward_runs_of<V::kMaxBackwardRun>(low + 1, r, open, 0, longer);
+  depthwise_backward_runs_of<V::kMaxBackwardRun>(low, r, open, longer * (low + 1), count - longer);
 }
 
 // ---- Passes over pixels ---------------------------------------------------------------------------------------------
@@ -263,7 +283,7 @@ struct TrainBuffers {
   int64_t ring_rows, columns;   // of e, with its padding
   int64_t g_rows, g_left, g_columns;
   int64_t wide_rows, wide_pitch;
-  int64_t d, h, gh, g1, gz, z, ring, g_ring, wide, run_sums, shift, gram, offsets, size;  // offsets in floats
+  int64_t d, h, gh, g1, gz, z, ring, g_ring, wide, run_sums, shift, gram, rows, offsets, size;  // offsets in floats
 };
 
 static TrainBuffers train_buffers(const TrainArgs& a, const TrainLayout& l, const TrainPlan& p) {
@@ -331,6 +351,7 @@ static TrainBuffers train_buffers(const TrainArgs& a, const TrainLayout& l, cons
   b.wide = section(b.wide_rows * a.width * b.wide_pitch);
   b.run_sums = section(b.backward ? (a.dims.kernel * a.dims.kernel + 1) * p.chunk : 0);
   b.shift = section(is_depthwise ? l.hidden_padded : is_project ? l.out_padded : 0);
+  b.rows = section(b.keeps_d ? 0 : b.new_rows * a.dims.kernel * static_cast<int64_t>(sizeof(float*) / sizeof(float)));
   b.offsets = section(b.ring_rows * a.width);
   b.size = at;
   return b;
@@ -430,38 +451,40 @@ struct TrainWork {
     }
     product(panel.vectors, {input_row(begin), input_pitch(), in_channels}, (end - begin) * a.width,
             packed + l.expand + panel.hidden * in_channels,
-            ExpandEpilogue{packed + l.expand_bias + panel.hidden, e_ring(panel), offsets, lo, hi});
+            ExpandEpilogue{packed + l.expand_bias + panel.hidden, e_ring(panel), offsets, &a.activation});
   }
 
   // Rows [begin, end) of d into scratch.
   void depthwise(int64_t begin, int64_t end, const Panel& panel) {
     const int64_t k = a.dims.kernel;
     const bool expand = a.dims.expand;
-    DepthwiseRow r;
-    r.kernel = k;
-    r.stride = a.stride;
-    r.dilation = a.dilation;
-    r.out_pitch = plan.pitch;
-    r.out_width = a.out_width;
-    r.vectors = panel.vectors;
-    r.weights = packed + l.depthwise + panel.hidden * k * k;
-    r.bias = kZeros;
-    r.lo = V::set(-kInfinity);
-    r.hi = V::set(kInfinity);
-    r.pitch = expand ? plan.pitch : input_pitch();
-    r.first_column = expand ? 0 : -a.pad_left;  // the ring has its padding columns
-    r.width = expand ? b.columns : a.width;
-    for (int64_t row = begin; row < end; ++row) {
+    const float** rows = reinterpret_cast<const float**>(scratch + b.rows);
+    for (int64_t row = begin; row < end; ++row)
       for (int64_t dy = 0; dy < k; ++dy) {
         const int64_t in = row * a.stride - a.pad_top + dy * a.dilation;
+        const float*& e = rows[(row - begin) * k + dy];
         if (in < 0 || in >= a.height)
-          r.rows[dy] = nullptr;
+          e = nullptr;
         else
-          r.rows[dy] = expand ? e_ring(panel) + e_row(in) : input_row(in) + panel.hidden;
+          e = expand ? e_ring(panel) + e_row(in) : input_row(in) + panel.hidden;
       }
-      r.out = scratch + b.d + (row - begin) * a.out_width * plan.pitch;
-      depthwise_row(r);
-    }
+    Depthwise d;
+    d.rows = rows;
+    d.group = end - begin;
+    d.kernel = k;
+    d.stride = a.stride;
+    d.dilation = a.dilation;
+    d.out_pitch = plan.pitch;
+    d.out_width = a.out_width;
+    d.vectors = panel.vectors;
+    d.weights = packed + l.depthwise + panel.hidden * k * k;
+    d.bias = kZeros;
+    d.clamp = {-kInfinity, kInfinity};
+    d.out = scratch + b.d;
+    d.pitch = expand ? plan.pitch : input_pitch();
+    d.first_column = expand ? 0 : -a.pad_left;  // the ring has its padding columns
+    d.width = expand ? b.columns : a.width;
+    depthwise_rows(d);
   }
 
   // The padding columns of a ring's rows, to which nothing else ever writes.

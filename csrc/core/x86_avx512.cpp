@@ -38,7 +38,7 @@ struct V {
   // Zero where v <= lo or v >= hi, else g; g where v, lo or hi is NaN.
   V_INLINE T keep(T g, T v, T lo, T hi) {
     const __mmask16 closed = _mm512_cmp_ps_mask(v, lo, _CMP_LE_OQ) | _mm512_cmp_ps_mask(v, hi, _CMP_GE_OQ);
-    return _mm512_mask_mov_ps(g, closed, _mm512_setzero_ps());
+    return _mm512_mask_mov_ps(g, closed, _mm512_set1_ps(0));
   }
 
   V_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }  // the first n lanes, 0 <= n <= 16

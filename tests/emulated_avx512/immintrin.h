@@ -33,6 +33,7 @@ EMULATED Whole join(Half lo, Half hi) {
     return join<Whole>(half(x.lo, y.lo), half(x.hi, y.hi)); \
   }
 HALVES_2(add_ps, __m512, __m256, _mm256_add_ps)
+HALVES_2(sub_ps, __m512, __m256, _mm256_sub_ps)
 HALVES_2(max_ps, __m512, __m256, _mm256_max_ps)
 HALVES_2(min_ps, __m512, __m256, _mm256_min_ps)
 HALVES_2(add_epi32, __m512i, __m256i, _mm256_add_epi32)
@@ -89,12 +90,22 @@ EMULATED void mask_storeu_ps(void* p, __mmask16 mask, __m512 v) {
     if (mask >> i & 1) static_cast<float*>(p)[i] = lanes[i];
 }
 EMULATED __mmask16 cmp_ps_mask(__m512 a, __m512 b, int predicate) {
-  if (predicate != _CMP_UNORD_Q) __builtin_trap();  // the only one in use
   float x[16], y[16];
   storeu_ps(x, a);
   storeu_ps(y, b);
   unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(__builtin_isunordered(x[i], y[i])) << i;
+  for (int i = 0; i < 16; ++i) {
+    bool holds = false;
+    if (predicate == _CMP_UNORD_Q)
+      holds = __builtin_isunordered(x[i], y[i]);
+    else if (predicate == _CMP_LE_OQ)
+      holds = x[i] <= y[i];
+    else if (predicate == _CMP_GE_OQ)
+      holds = x[i] >= y[i];
+    else
+      __builtin_trap();  // no other is in use
+    mask |= static_cast<unsigned>(holds) << i;
+  }
   return static_cast<__mmask16>(mask);
 }
 EMULATED __m512i mask_blend_epi32(__mmask16 mask, __m512i a, __m512i b) {  // b where the bit is set
@@ -105,6 +116,9 @@ EMULATED __m512i mask_blend_epi32(__mmask16 mask, __m512i a, __m512i b) {  // b 
     if (mask >> i & 1) x[i] = y[i];
   __builtin_memcpy(&a, x, sizeof x);
   return a;
+}
+EMULATED __m512 mask_mov_ps(__m512 a, __mmask16 mask, __m512 b) {  // b where the bit is set
+  return castsi512_ps(mask_blend_epi32(mask, castps_si512(a), castps_si512(b)));
 }
 EMULATED __m512i cvtepu16_epi32(__m256i a) {
   return join<__m512i>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
@@ -145,6 +159,7 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #define _mm512_loadu_ps emulated::loadu_ps
 #define _mm512_mask_blend_epi32 emulated::mask_blend_epi32
+#define _mm512_mask_mov_ps emulated::mask_mov_ps
 #define _mm512_mask_storeu_ps emulated::mask_storeu_ps
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
 #define _mm512_max_ps emulated::max_ps
@@ -155,3 +170,4 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_storeu_ps emulated::storeu_ps
+#define _mm512_sub_ps emulated::sub_ps
