@@ -255,3 +255,86 @@ def test_threads_change_nothing(case: Case) -> None:
         torch.set_num_threads(3)
         for i, (result, expected) in enumerate(zip(results(op(name), values), alone, strict=True)):
             assert torch.equal(result, expected), (phase, i)
+
+
+@pytest.mark.parametrize("case", [Case(batch=0), Case(batch=0, expand=False, stride=2)], ids=str)
+def test_empty_batch(case: Case) -> None:
+    a = arguments(case, torch.float32)
+    for phase, (name, values) in phases(case, a).items():
+        expected = results(getattr(training_reference, name), double(values))
+        for i, (result, exact) in enumerate(zip(results(op(name), values), expected, strict=True)):
+            assert torch.equal(result.double(), exact), (phase, i)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_nan_flows(tier: str) -> None:
+    """A NaN comes out where it does with PyTorch's own operations, and nowhere else."""
+    _C.set_max_isa(tier)
+    case = Case(width=11, stride=2, final_activation="relu6")
+    a = arguments(case, torch.float32)
+    for tensor, place in ((a.x, (0, 3, 4, 4)), (a.d, (0, 5, 1, 1)), (a.z, (1, 2, 2, 0)), (a.gy, (1, 7, 0, 3))):
+        tensor[place] = torch.nan
+    for phase, (name, values) in phases(case, a).items():
+        expected = results(getattr(training_reference, name), double(values))
+        for i, (result, exact) in enumerate(zip(results(op(name), values), expected, strict=True)):
+            assert torch.equal(result.isnan(), exact.isnan()), (phase, i)
+
+
+@pytest.mark.parametrize("expand", [True, False])
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_what_nobody_needs_is_empty(needs: tuple[bool, bool], expand: bool) -> None:
+    case = Case(expand=expand)
+    a = arguments(case, torch.float32)
+    for phase, (name, values) in phases(case, a).items():
+        if name not in ("train_project_backward", "train_depthwise_backward"):
+            continue
+        everything = results(op(name), values)
+        expected = results(getattr(training_reference, name), (*values[:-1], needs))
+        for i, (result, exact) in enumerate(zip(results(op(name), (*values[:-1], needs)), expected, strict=True)):
+            assert result.shape == exact.shape, (phase, i)
+            assert result.numel() == 0 or torch.equal(result, everything[i]), (phase, i)
+
+
+def test_strides_do_not_matter() -> None:
+    """Images in any memory format, and slices; weights and vectors in any strides."""
+    case = Case()
+    a = arguments(case, torch.float32)
+
+    def spread(values: Any) -> Any:
+        if isinstance(values, Tensor):
+            return values.contiguous().repeat_interleave(2, -1)[..., ::2]
+        return tuple(map(spread, values)) if isinstance(values, tuple) else values
+
+    for phase, (name, values) in phases(case, a).items():
+        dense = results(op(name), values)
+        for i, (result, expected) in enumerate(zip(results(op(name), spread(values)), dense, strict=True)):
+            assert torch.equal(result, expected), (phase, i)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("train_depthwise", 1, torch.zeros(24, 7), r"w1 must be a float32 CPU tensor \[24, 8\], got shape \[24, 7\]"),
+        ("train_depthwise", 2, None, "w1 and b1 must be given or missing together"),
+        ("train_depthwise", 3, torch.zeros(24, 1, 2, 2), "odd k"),
+        ("train_depthwise", 4, 0, "stride must be at least 1, got 0"),
+        ("train_depthwise", 7, "gelu", "activation must be 'none', 'relu' or 'relu6', got 'gelu'"),
+        ("train_project", 1, torch.zeros(2, 24, 9, 6), r"d must be \[2, 24, 9, 7\]"),
+        ("train_project", 7, torch.zeros(12, 24, 1, 1), r"w2 must be \[out, 24\]"),
+        (
+            "train_finish_backward",
+            0,
+            torch.zeros(2, 12, 9, 7, dtype=torch.float16),
+            "gy must be .* other tensors' type",
+        ),
+        ("train_project_backward", 4, torch.zeros(11), r"a3 must be a float32 CPU tensor \[12\], got shape \[11\]"),
+        ("train_input_backward", 0, torch.zeros(2, 8, 9, 6), "g must be a float32 CPU tensor of x's shape"),
+    ],
+)
+def test_wrong_arguments(name: str, index: int, value: Any, message: str) -> None:
+    case = Case()
+    values = next(
+        values for op_name, values in phases(case, arguments(case, torch.float32)).values() if op_name == name
+    )
+    with pytest.raises(RuntimeError, match=message):
+        op(name)(*values[:index], value, *values[index + 1 :])

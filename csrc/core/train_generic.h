@@ -351,7 +351,7 @@ static TrainBuffers train_buffers(const TrainArgs& a, const TrainLayout& l, cons
   b.wide = section(b.wide_rows * a.width * b.wide_pitch);
   b.run_sums = section(b.backward ? (a.dims.kernel * a.dims.kernel + 1) * p.chunk : 0);
   b.shift = section(is_depthwise ? l.hidden_padded : is_project ? l.out_padded : 0);
-  b.rows = section(b.keeps_d ? 0 : b.new_rows * a.dims.kernel * static_cast<int64_t>(sizeof(float*) / sizeof(float)));
+  b.rows = section(b.keeps_d ? 0 : b.new_rows * a.dims.kernel * static_cast<int64_t>(sizeof(float*)) / 4);
   b.offsets = section(b.ring_rows * a.width);
   b.size = at;
   return b;
