@@ -22,13 +22,21 @@ from mbv2_kernels import training_reference as oracle
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-SMALL = {"rows": 16, "block": 16, "step": 16, "chunk": 16, "columns": 64, "warps": 1}
+SMALL = {"rows": 32, "block": 32, "step": 16, "chunk": 16, "columns": 64, "warps": 1}
 FORWARD_BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 GRADIENT_BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
+TILED = ("train_depthwise", "train_project", "train_project_backward", "train_depthwise_backward")
+STENCIL = ("train_depthwise", "train_depthwise_backward")  # those whose code knows neighbours
+PIXELWISE = ("train_finish", "train_finish_backward", "train_project_backward")
+ALL = ("train_gram", *TILED, "train_finish", "train_finish_backward", "train_input_backward")
+
+
 class Case(NamedTuple):
     """One block under training; its tensors are drawn from it."""
+
+    phases: tuple[str, ...] = ALL
 
     batch: int = 2
     in_channels: int = 8
@@ -46,11 +54,12 @@ class Case(NamedTuple):
     expand: bool = True
     keep: bool = True  # D is given to the phases after the first
     dtype: torch.dtype = torch.float32
-    tile: dict[str, Any] | None = {}  # noqa: RUF012  fields of Tile over SMALL; None: the chosen one
+    tile: dict[str, Any] | None = {}  # noqa: RUF012  (never written) fields of Tile over SMALL; None: the chosen one
     programs: int = 3  # that share a phase: with few, a program has several tiles
     splits: int | None = None
     needs: tuple[bool, bool] = (True, True)
     layout: str = "channels_last"
+    wide: bool = False  # 64-bit offsets inside a tile
 
     def config(self) -> tuple[Any, ...]:
         padding = self.dilation * (self.kernel - 1) // 2 if self.padding is None else self.padding
@@ -139,25 +148,26 @@ def _set_up() -> None:
     torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
-def _run(case: Case, phases: list[str] | None = None) -> dict[str, tuple[Tensor, ...]]:
-    """In the worker: the results of the phases."""
+def run(case: Case, arguments: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Tensor, ...]]:
+    """The results of the case's phases in Triton."""
     from mbv2_kernels.triton import training_ops
 
     tile = None if case.tile is None else training_ops.Tile(**SMALL | case.tile)
-    programs, training_ops.PROGRAMS = training_ops.PROGRAMS, case.programs
     results = {}
-    try:
-        for phase, arguments in draw(case).items():
-            if phases is None or phase in phases:
-                options: dict[str, Any] = {}
-                if phase in ("train_depthwise", "train_project", "train_project_backward", "train_depthwise_backward"):
-                    options["tile"] = tile
-                if phase == "train_depthwise_backward":
-                    options["splits"] = case.splits
-                results[phase] = tensors(getattr(training_ops, phase)(*arguments, **options))
-    finally:
-        training_ops.PROGRAMS = programs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_ops, "PROGRAMS", case.programs)
+        if case.wide:
+            patch.setattr(training_ops, "_wide", lambda *_: True)
+        for phase in case.phases:
+            options: dict[str, Any] = {"tile": tile} if phase in TILED else {}
+            if phase == "train_depthwise_backward":
+                options["splits"] = case.splits
+            results[phase] = tensors(getattr(training_ops, phase)(*arguments[phase], **options))
     return results
+
+
+def _run(case: Case) -> dict[str, tuple[Tensor, ...]]:
+    return run(case, draw(case))
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +177,57 @@ def worker() -> Iterator[concurrent.futures.Executor]:
         patch.setenv("TRITON_INTERPRET", "1")  # read when the workers import Triton
         with concurrent.futures.ProcessPoolExecutor(2, mp_context=context, initializer=_set_up) as pool:
             yield pool
+            pool.shutdown(cancel_futures=True)  # what a selection of tests did not ask for
 
 
+LEAN = Case(STENCIL, keep=False)  # D from x in every phase: windows around tiles, and around those
 FP16 = torch.float16
 CASES = {
     "plain": Case(),
-    "plain fp16": Case(dtype=FP16),
+    "plain fp16": Case(dtype=FP16, tile={"rows": 16, "block": 16}),
+    "lean": Case(TILED, keep=False),
+    "lean fp16": Case(TILED, keep=False, dtype=FP16),
+    "chosen tiles": Case(tile=None, programs=1024, dtype=FP16),
+    "stride 2, even": LEAN._replace(stride=2, height=8, width=6),
+    "stride 2, odd": LEAN._replace(stride=2, height=7, width=9, dtype=FP16),
+    "stride 2, D given": Case(STENCIL, stride=2, height=7, width=9, tile={"rows": 16, "block": 16}),
+    "stride 3": LEAN._replace(stride=3, height=8, width=7),
+    "same, stride 2, even": LEAN._replace(stride=2, padding=-1, height=8, width=6),
+    "same, stride 2, odd": LEAN._replace(stride=2, padding=-1, height=7, width=5),
+    "same, kernel 5": LEAN._replace(kernel=5, stride=2, padding=-1, height=6, width=7),
+    "kernel 5": LEAN._replace(kernel=5, height=7, width=6, batch=1, tile={"rows": 16}, dtype=FP16),
+    "kernel 1": LEAN._replace(kernel=1),
+    "no padding": LEAN._replace(padding=0, height=6, width=7),
+    "more padding than needed": LEAN._replace(padding=3, batch=1),
+    "dilation 2": LEAN._replace(dilation=2, height=9, width=7, batch=1, tile={"rows": 16}),
+    "dilation 2, stride 2": LEAN._replace(dilation=2, stride=2, height=9, width=8),
+    "dilation 4 on a smaller image": LEAN._replace(dilation=4, height=5, width=3),
+    "same, dilation 3": LEAN._replace(dilation=3, padding=-1, height=7, width=8, batch=1),
+    "several images a tile, the last not full": LEAN._replace(batch=5, height=3, width=3, dtype=FP16),
+    "one pixel": LEAN._replace(batch=3, height=1, width=1),
+    "one row": LEAN._replace(height=1, width=19),
+    "channels no multiple of anything": Case(in_channels=3, hidden_channels=7, out_channels=5, keep=False),
+    "one channel": Case(in_channels=1, hidden_channels=1, out_channels=1, dtype=FP16),
+    "channels over several steps": Case(in_channels=37, out_channels=21, height=4, dtype=FP16),
+    "columns shared by programs": Case(in_channels=40, out_channels=37, height=3, tile={"columns": 16}, programs=8),
+    "many input channels": Case(("train_gram", "train_input_backward"), in_channels=150, height=9, width=9),
+    "split over hidden channels": Case(STENCIL, hidden_channels=70, splits=3),
+    "no expand": Case(in_channels=24, expand=False),
+    "no expand, lean": Case(TILED, in_channels=24, expand=False, keep=False, dtype=FP16),
+    "no expand, stride 2": LEAN._replace(in_channels=24, expand=False, stride=2, height=7, activation="relu"),
+    "relu": Case(TILED, activation="relu"),
+    "no activation": Case(TILED, activation="none", dtype=FP16),
+    "final relu6": Case(PIXELWISE, final_activation="relu6", out_channels=80),
+    "final relu": Case(PIXELWISE, final_activation="relu", dtype=FP16),
+    "residual": Case(("train_finish", "train_input_backward"), residual=True, dtype=FP16),
+    "only w2": Case(("train_project_backward",), needs=(True, False)),
+    "only sums": Case(("train_project_backward",), needs=(False, True)),
+    "only x": Case(("train_depthwise_backward",), needs=(True, False)),
+    "only wd": Case(("train_depthwise_backward",), needs=(False, True)),
+    "only wd, no expand": Case(("train_depthwise_backward",), in_channels=24, expand=False, needs=(False, True)),
+    "NCHW": Case(layout="contiguous", height=4, width=3),
+    "64-bit offsets": Case(TILED, keep=False, wide=True, height=4),
+    "64-bit offsets, no expand": Case(TILED, in_channels=24, expand=False, keep=False, wide=True, height=4),
 }
 
 
@@ -185,6 +240,132 @@ def computed(worker: concurrent.futures.Executor) -> dict[str, concurrent.future
 @pytest.mark.parametrize("name", CASES)
 def test_matches_fp64(computed: dict[str, concurrent.futures.Future[Any]], name: str) -> None:
     case, results = CASES[name], computed[name].result()
-    for phase, arguments in draw(case).items():
-        like = tensors(getattr(oracle, phase)(*arguments))
-        check(phase, case.dtype, results[phase], expected(phase, arguments), like)
+    arguments = draw(case)
+    for phase in case.phases:
+        like = tensors(getattr(oracle, phase)(*arguments[phase]))
+        check(phase, case.dtype, results[phase], expected(phase, arguments[phase]), like)
+
+
+def _edges(activation: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments that put values exactly on the edges of every clamp, and a NaN into z and into D."""
+    case = Case(in_channels=16, hidden_channels=16, activation=activation, final_activation=activation)
+    values = torch.tensor([0.0, 6.0, -0.0, 5.999, 1e-6, -1.0, 7.0])
+    arguments = draw(case)
+
+    def drawn(like: Tensor) -> Tensor:
+        return values[torch.randint(len(values), like.shape)].contiguous(memory_format=torch.channels_last)
+
+    x, _, _, wd = arguments["train_depthwise"][:4]
+    gy, z, scale3, shift3, a3, b3, c3, final = arguments["train_project_backward"][:8]
+    x, z, d, w2 = drawn(x), drawn(z), drawn(arguments["train_project"][1]), arguments["train_project"][7]
+    z_nan = z.clone()
+    z_nan[1, 3, 2, 2] = float("nan")
+    if activation != "relu6":  # of a NaN in relu6 torch itself passes the gradient on or not, on CUDA it does
+        z, d[0, 5, 1, 1] = z_nan, float("nan")
+    one, none = torch.ones(16), torch.zeros(16)
+    scale3, shift3 = torch.ones_like(scale3), torch.zeros_like(shift3)
+    gradient = gy, torch.nan_to_num(z), scale3, shift3, a3, b3, c3, final  # gz of a NaN would reach every channel
+    given = x, d, torch.eye(16), none, wd, one, none
+    end = w2, *case.config(), (True, True)
+    return {
+        "train_finish": (z_nan, None, scale3, shift3, activation),
+        "train_finish_backward": (gy, z, scale3, shift3, activation),
+        "train_project_backward": (*gradient, *given, *end),
+        "train_depthwise_backward": (*gradient, *given, one, none, none, *end),
+    }
+
+
+def _run_edges(activation: str) -> dict[str, tuple[Tensor, ...]]:
+    arguments = _edges(activation)
+    return run(Case(tuple(arguments)), arguments)
+
+
+@pytest.mark.parametrize("activation", ["relu6", "relu", "none"])
+def test_clamps_edges_and_nan_as_in_torch(worker: concurrent.futures.Executor, activation: str) -> None:
+    """No gradient at exactly 0 and 6; NaN spreads to exactly the results that torch's spreads to."""
+    results = worker.submit(_run_edges, activation).result()
+    for phase, arguments in _edges(activation).items():
+        wanted = expected(phase, arguments)
+        if phase == "train_finish" or activation != "relu6":
+            assert any(0 < want.isnan().sum() < want.numel() for want in wanted)
+        for got, want in zip(results[phase], wanted, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+def _far_from_zero() -> tuple[Case, dict[str, tuple[Any, ...]]]:
+    case = Case(("train_gram", "train_depthwise", "train_project"), activation="none", programs=2)
+    arguments = draw(case)
+    x, w1, b1, wd, *config = arguments["train_depthwise"]
+    arguments["train_gram"] = (x + 300.0,)
+    # padding 0: at the border D would lack taps, and with them the large mean
+    config[1] = 0
+    arguments["train_depthwise"] = x, w1, b1 + 300.0, wd.abs(), *config
+    x, d, *rest = arguments["train_project"]
+    scale2, shift2 = rest[3:5]
+    arguments["train_project"] = x, d, *rest[:3], scale2, shift2 + 300.0, rest[5].abs(), *rest[6:]
+    return case, arguments
+
+
+def _run_far_from_zero() -> dict[str, tuple[Tensor, ...]]:
+    return run(*_far_from_zero())
+
+
+def test_variances_do_not_cancel(worker: concurrent.futures.Executor) -> None:
+    """Means 100 times the standard deviation and more: sums of raw fp32 squares would lose four digits of a variance."""
+    results = worker.submit(_run_far_from_zero).result()
+    case, arguments = _far_from_zero()
+    for phase in case.phases:
+        *_, total, square = results[phase]
+        *_, want_total, want_square = expected(phase, arguments[phase])
+        x = arguments[phase][0]
+        n = x.numel() // x.shape[1] if phase != "train_depthwise" else x.shape[0] * 4 * 3
+        if square.dim() == 2:
+            square, want_square = square.diagonal(), want_square.diagonal()
+        got, want = (s / n - (t / n) ** 2 for t, s in ((total, square), (want_total, want_square)))
+        assert (want.sqrt() * 30 < (want_total / n).abs()).all()  # far indeed
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+
+
+def _run_empty(expand: bool) -> list[tuple[Tensor, ...]]:
+    case = Case(batch=0, in_channels=8 if expand else 24, expand=expand)
+    return list(run(case, draw(case)).values())
+
+
+@pytest.mark.parametrize("expand", [True, False])
+def test_empty_batch(worker: concurrent.futures.Executor, expand: bool) -> None:
+    """Zero sums, empty images; shapes as of a full batch."""
+    case = Case(batch=0, in_channels=8 if expand else 24, expand=expand)
+    for phase, results in zip(case.phases, worker.submit(_run_empty, expand).result(), strict=True):
+        for got, want in zip(results, expected(phase, draw(case)[phase]), strict=True):
+            assert got.shape == want.shape and not got.any()
+
+
+def _refuse(phase: str, index: int, value: Any) -> None:
+    case = Case((phase,))
+    arguments = draw(case)
+    changed = list(arguments[phase])
+    changed[index] = value
+    run(case, {phase: tuple(changed)})
+
+
+@pytest.mark.parametrize(
+    ("phase", "index", "value", "error", "message"),
+    [
+        ("train_depthwise", 0, torch.zeros(1, 8, 4, 4, dtype=torch.bfloat16), ValueError, "interpreter"),
+        ("train_depthwise", 0, torch.zeros(1, 8, 4, 4).double(), TypeError, "x must be float16, bfloat16 or float32"),
+        ("train_depthwise", 1, torch.zeros(24, 9), ValueError, r"w1 must be \[24, 8\], got \[24, 9\]"),
+        ("train_depthwise", 2, None, ValueError, "w1 and b1 are given together"),
+        ("train_depthwise", 4, 0, ValueError, "stride"),
+        ("train_depthwise", 7, "swish", ValueError, r"activation must be one of .* got 'swish'"),
+        ("train_project", 1, torch.zeros(2, 24, 6, 6), ValueError, r"d must be \[2, 24, 6, 5\]"),
+        ("train_project", 5, torch.zeros(24).half(), TypeError, "scale2 must be float32"),
+        ("train_project_backward", 1, torch.zeros(2, 8, 3, 3), ValueError, r"z must be \[2, 8, 6, 5\]"),
+        ("train_depthwise_backward", 0, torch.zeros(2, 8, 3, 3), ValueError, "gy must be like z"),
+        ("train_input_backward", 4, torch.zeros(2, 8, 3, 3), ValueError, "gy must be like x"),
+    ],
+)
+def test_refuses(
+    worker: concurrent.futures.Executor, phase: str, index: int, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        worker.submit(_refuse, phase, index, value).result()

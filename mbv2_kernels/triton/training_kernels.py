@@ -578,7 +578,8 @@ def depthwise_gradient(
     if t_ptr is not None:
         t_ptr += group.to(tl.int64) * (C * CIN)
         sum_ptr += group.to(tl.int64) * C
-    i = tl.program_id(2) * CI + tl.arange(0, CI)
+    first_column = tl.program_id(2) * CI
+    i = first_column + tl.arange(0, CI)
     i_mask = (i < CIN) | (CIN % CI == 0)
 
     for tile in range(group, tiles, groups):
@@ -643,7 +644,7 @@ def depthwise_gradient(
                 row = y + pad_top - ky * DIL
                 out_y = row // S
                 row_meets = there & (row >= 0) & (row % S == 0) & (out_y < HO)
-                for kx in tl.static_range(K):
+                for kx in range(K):
                     column = x + pad_left - kx * DIL
                     out_x = column // S
                     meets = row_meets & (column >= 0) & (column % S == 0) & (out_x < WO)
@@ -663,15 +664,18 @@ def depthwise_gradient(
                     total = tl.load(sum_ptr + c, mask=c_mask & again, other=0.0)
                     tl.store(sum_ptr + c, total + tl.sum(g1, 0), mask=c_mask & first_share)
                     g1 = g1.to(DTYPE)
-                    x_columns = tl.load(
-                        x_tile + (pixel * CIN)[:, None] + i[None, :], mask=there[:, None] & i_mask[None, :], other=0.0
+                    for i0 in range(first_column, first_column + CI, BK):
+                        k = i0 + tl.arange(0, BK)
+                        k_mask = (k < CIN) | (CIN % CI == 0)
+                        x_tile_k = x_tile + (pixel * CIN)[:, None] + k[None, :]
+                        x_k = tl.load(x_tile_k, mask=there[:, None] & k_mask[None, :], other=0.0)
+                        t_k = t_ptr + c[:, None] * CIN + k[None, :]
+                        t_mask = c_mask[:, None] & k_mask[None, :]
+                        t = tl.load(t_k, mask=t_mask & again, other=0.0)
+                        tl.store(t_k, tl.dot(g1.trans(), x_k, t, input_precision=PRECISION), mask=t_mask)
+                    w1 = tl.load(
+                        w1_ptr + c[:, None] * CIN + i[None, :], mask=c_mask[:, None] & i_mask[None, :], other=0.0
                     )
-                    t_offset = c[:, None] * CIN + i[None, :]
-                    t_mask = c_mask[:, None] & i_mask[None, :]
-                    t = tl.load(t_ptr + t_offset, mask=t_mask & again, other=0.0)
-                    t = tl.dot(g1.trans(), x_columns, t, input_precision=PRECISION)
-                    tl.store(t_ptr + t_offset, t, mask=t_mask)
-                    w1 = tl.load(w1_ptr + t_offset, mask=t_mask, other=0.0)
                     acc = tl.dot(g1, w1, acc, input_precision=PRECISION)
                 else:  # G is g1
                     offset = origin * CIN + (pixel * CIN)[:, None] + c[None, :]

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from .configs import power_of_two
-from .ops import ACTIVATIONS, DTYPES, LAUNCH_OPTIONS, _device, _same_padding, _tf32, interpreted
+from .ops import (
+    ACTIVATIONS,
+    DTYPES,
+    INTERPRETED_DEVICE,
+    LAUNCH_OPTIONS,
+    _device,
+    _same_padding,
+    _tf32,
+    interpreted,
+)
 
 PROGRAMS = 1024  # that share the pixels and channels of a phase: several for each multiprocessor of any card
 WORKSPACE = 64 << 20  # bytes of partial sums that a phase may have, as long as that leaves it with programs
@@ -218,6 +227,10 @@ def _block(
 
 def _precision(x: Tensor) -> str:
     return "tf32" if x.dtype != torch.float32 or _tf32() else "ieee"
+
+
+def _capability(device: torch.device) -> int:
+    return (_device(device.index) if device.type == "cuda" else INTERPRETED_DEVICE).capability
 
 
 def choose_tile(phase: str, block: _Block, computes_d: bool, columns: int = 16) -> Tile:
