@@ -1,8 +1,9 @@
-"""The phases of a training step in Triton: every one against the fp64 oracle, in Triton's interpreter, in fp32 and fp16;
-and what the compiler makes of them for GPUs that are not here.
+"""The phases of a training step in Triton: every one against the fp64 oracle, in Triton's interpreter, in fp32 and
+fp16; and what the compiler makes of them for GPUs that are not here.
 
 bf16 is compiled only: the interpreter computes bf16 `tl.dot` wrongly without saying so. test_gpu_training.py runs it.
 Whether Triton interprets is decided when it is imported, so both kinds of test run in processes of their own.
+`pytest -s` prints the compiler's figures; MBV2_OFFLINE_ALL=1 compiles every block for sm_80, sm_89 and sm_90.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.util
 import multiprocessing
+import os
+import platform
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +24,8 @@ from mbv2_kernels import training_reference as oracle
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
+
+from mbv2_kernels.triton import offline, training_offline
 
 SMALL = {"rows": 32, "block": 32, "step": 16, "chunk": 16, "columns": 64, "warps": 1}
 FORWARD_BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -184,22 +189,22 @@ LEAN = Case(STENCIL, keep=False)  # D from x in every phase: windows around tile
 FP16 = torch.float16
 CASES = {
     "plain": Case(),
-    "plain fp16": Case(dtype=FP16, tile={"rows": 16, "block": 16}),
+    "plain fp16": Case(dtype=FP16, tile={"block": 16}),
     "lean": Case(TILED, keep=False),
     "lean fp16": Case(TILED, keep=False, dtype=FP16),
     "chosen tiles": Case(tile=None, programs=1024, dtype=FP16),
     "stride 2, even": LEAN._replace(stride=2, height=8, width=6),
     "stride 2, odd": LEAN._replace(stride=2, height=7, width=9, dtype=FP16),
-    "stride 2, D given": Case(STENCIL, stride=2, height=7, width=9, tile={"rows": 16, "block": 16}),
+    "stride 2, D given": Case(STENCIL, stride=2, height=7, width=9, tile={"block": 16}),
     "stride 3": LEAN._replace(stride=3, height=8, width=7),
     "same, stride 2, even": LEAN._replace(stride=2, padding=-1, height=8, width=6),
     "same, stride 2, odd": LEAN._replace(stride=2, padding=-1, height=7, width=5),
-    "same, kernel 5": LEAN._replace(kernel=5, stride=2, padding=-1, height=6, width=7),
-    "kernel 5": LEAN._replace(kernel=5, height=7, width=6, batch=1, tile={"rows": 16}, dtype=FP16),
+    "same, kernel 5": LEAN._replace(kernel=5, stride=2, padding=-1, height=6, width=7, batch=1),
+    "kernel 5": LEAN._replace(kernel=5, height=7, width=6, batch=1, tile={"block": 64}, dtype=FP16),
     "kernel 1": LEAN._replace(kernel=1),
     "no padding": LEAN._replace(padding=0, height=6, width=7),
     "more padding than needed": LEAN._replace(padding=3, batch=1),
-    "dilation 2": LEAN._replace(dilation=2, height=9, width=7, batch=1, tile={"rows": 16}),
+    "dilation 2": LEAN._replace(dilation=2, height=9, width=7, batch=1, tile={"block": 64}),
     "dilation 2, stride 2": LEAN._replace(dilation=2, stride=2, height=9, width=8),
     "dilation 4 on a smaller image": LEAN._replace(dilation=4, height=5, width=3),
     "same, dilation 3": LEAN._replace(dilation=3, padding=-1, height=7, width=8, batch=1),
@@ -211,7 +216,8 @@ CASES = {
     "channels over several steps": Case(in_channels=37, out_channels=21, height=4, dtype=FP16),
     "columns shared by programs": Case(in_channels=40, out_channels=37, height=3, tile={"columns": 16}, programs=8),
     "many input channels": Case(("train_gram", "train_input_backward"), in_channels=150, height=9, width=9),
-    "split over hidden channels": Case(STENCIL, hidden_channels=70, splits=3),
+    "split over hidden channels": Case(STENCIL, hidden_channels=40, splits=3, height=4),
+    "no expand, split": Case(STENCIL, in_channels=40, hidden_channels=40, expand=False, splits=3, height=4),
     "no expand": Case(in_channels=24, expand=False),
     "no expand, lean": Case(TILED, in_channels=24, expand=False, keep=False, dtype=FP16),
     "no expand, stride 2": LEAN._replace(in_channels=24, expand=False, stride=2, height=7, activation="relu"),
@@ -311,7 +317,7 @@ def _run_far_from_zero() -> dict[str, tuple[Tensor, ...]]:
 
 
 def test_variances_do_not_cancel(worker: concurrent.futures.Executor) -> None:
-    """Means 100 times the standard deviation and more: sums of raw fp32 squares would lose four digits of a variance."""
+    """Means far larger than the standard deviation: sums of raw fp32 squares would lose digits of the variance."""
     results = worker.submit(_run_far_from_zero).result()
     case, arguments = _far_from_zero()
     for phase in case.phases:
@@ -369,3 +375,77 @@ def test_refuses(
 ) -> None:
     with pytest.raises(error, match=message):
         worker.submit(_refuse, phase, index, value).result()
+
+
+# ---- What the compiler makes of the kernels for GPUs that are not here -----------------------------------------------
+
+TILED_KERNELS = ("depthwise", "project", "project_gradient", "depthwise_gradient")
+Key = tuple[str, int, str, str, tuple[str, ...]]  # block, sm, dtype, memory, kernels
+KEYS: list[Key] = [
+    ("b3", 90, "float16", "fast", training_offline.PRODUCTS),
+    ("b15", 90, "float16", "fast", ("project_gradient", "depthwise_gradient")),
+    ("b2", 80, "float16", "fast", TILED_KERNELS),
+    ("b3", 80, "bfloat16", "lean", ("project", "depthwise_gradient")),
+    ("b1", 89, "float16", "fast", ("depthwise", "depthwise_gradient")),
+    ("b3", 90, "float32", "fast", ("project_gradient", "depthwise_gradient")),
+]
+if os.environ.get("MBV2_OFFLINE_ALL") == "1":
+    KEYS = [
+        (name, sm, dtype, memory, training_offline.PRODUCTS)
+        for name in offline.BLOCKS
+        for sm in (80, 89, 90)
+        for dtype, memory in (("float16", "fast"), ("bfloat16", "lean"), ("float32", "fast"))
+    ]
+
+
+def _figures(key: Key) -> list[training_offline.Figures]:
+    name, sm, dtype, memory, kernels = key
+    return training_offline.figures(name, sm, dtype, memory, kernels)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[concurrent.futures.Executor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+            yield pool
+            pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def compiled(compiler: concurrent.futures.Executor) -> dict[Key, concurrent.futures.Future[Any]]:
+    return {key: compiler.submit(_figures, key) for key in KEYS}
+
+
+assembler = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="the assembler in Triton's wheel was tried on x86-64 only"
+)
+
+
+@assembler
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(str, key[:4])))
+def test_compiles_well(compiled: dict[Key, concurrent.futures.Future[Any]], key: Key) -> None:
+    """No spills, tensor cores wherever matrices are multiplied, shared memory within the device's limit."""
+    found = compiled[key].result()
+    assert [f.kernel for f in found] == [kernel for kernel in training_offline.PRODUCTS if kernel in key[-1]]
+    block = offline.BLOCKS[key[0]]
+    for f in found:
+        print(f.row())
+        assert f.spills == 0, f.row()
+        assert f.shared <= offline.DEVICES[f.sm][1] and f.resident >= 1, f.row()
+        assert f.loads_128 > 0 and f.loads_narrow == 0, f.row()
+        # fp32 has them only where torch's switch allows TF32; Gram matrices never round
+        multiplies = block.expand or f.kernel != "depthwise"
+        assert (f.tensor_core > 0) == (multiplies and (f.dtype != "float32" or f.kernel != "gram")), f.row()
+
+
+def _spilling() -> int:
+    too_large = {"rows": 256, "chunk": 64, "warps": 4}
+    return training_offline.figures("b3", 80, kernels=["project_gradient"], **too_large)[0].spills
+
+
+@assembler
+def test_a_tile_too_large_is_seen_to_spill(compiler: concurrent.futures.Executor) -> None:
+    """The checks above can fail."""
+    assert compiler.submit(_spilling).result() > 0

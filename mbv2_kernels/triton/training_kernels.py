@@ -14,14 +14,15 @@ be complete before the next phase may use it. Everything is channels_last; sums 
     finish_gradient      gy, Z           -> gz = a3 * g + b3 * Z + c3
     project_gradient     gz, D or x      -> gw2 = sum gz BT, sums of g2 and g2 * D; g2 = w2T gz where B is not clamped
     depthwise_gradient   gz, x, maybe D  -> gD = a2 * g2 + b2 * D + c2, and from it gwd = sum over pixels of gD * e,
-                                            g1 = depthwiseT(gD) where e is not clamped, sum g1, T = sum g1 xT, G = w1T g1
+                                            g1 = depthwiseT(gD) where e is not clamped, G = w1T g1, T = sum g1 xT,
+                                            sum g1
     input_gradient       G, x            -> gx = G - M x - c0 (+ gy)
 
 How a program works. It owns tiles of NI images x TH x TW pixels (Q rows) and takes the hidden channels in chunks of CE,
 as kernels.py does. What a stencil reads around a tile, the window, is first put into a scratch in global memory that is
 the program's own and stays in the L2: e around a tile of output pixels, gD around a tile of input pixels. A window is
-cut off at the image's edges, so that of a 7 x 7 image is 7 x 7; a tap that falls outside reads the row after the window,
-which is zero. So nothing in here is special about dilation, and no hidden tensor but D is ever written as a whole.
+cut off at the image's edges, so that of a 7 x 7 image is 7 x 7; a tap that falls outside reads the row after it, which
+is zero. So dilation needs nothing special, and no hidden tensor but D is ever written as a whole.
 
 Two orders of the loops. Where all results are sums over pixels (depthwise, project_gradient) a program keeps one chunk
 and walks tiles, with its sums in registers. Where a result has pixels and is a sum over channels (project,
@@ -164,7 +165,9 @@ def _stencil(
                 e = tl.load(e_ptr + pixel[:, None] * CE + tl.arange(0, CE)[None, :])
             else:
                 pixel = row * W + (in_x - x0)
-                e = tl.load(e_ptr + (pixel * C)[:, None] + c[None, :], mask=inside[:, None] & c_mask[None, :], other=0.0)
+                e = tl.load(
+                    e_ptr + (pixel * C)[:, None] + c[None, :], mask=inside[:, None] & c_mask[None, :], other=0.0
+                )
             d += e.to(tl.float32) * _vector(taps_ptr + (ky * K + kx) * C, c, c_mask)
     return d
 
@@ -196,6 +199,12 @@ def _depthwise(
         e_ptr, taps_ptr, image, y, x, there, window_y, window_x, H, W, pad_top, pad_left, c, c_mask,
         C, K, S, DIL, WH, WW, NP * BP, CE, EXPAND,
     )  # fmt: skip
+
+
+@triton.jit
+def _fold(v):
+    """Sums over rows that one thread holds, [rows, channels] -> [32, channels]: a loop's sums meet at its end."""
+    return tl.sum(tl.reshape(v, [v.shape[0] // 32, 32, v.shape[1]]), 0)
 
 
 @triton.jit
@@ -272,8 +281,8 @@ def depthwise(
         scratch_ptr = _own_scratch(scratch_ptr, group * tl.num_programs(0) + tl.program_id(0), NP * BP, CE)
     count = 0
     shift = tl.zeros([CE], tl.float32)
-    first = tl.zeros([CE], tl.float32)
-    second = tl.zeros([CE], tl.float32)
+    first = tl.zeros([32, CE], tl.float32)
+    second = tl.zeros([32, CE], tl.float32)
     for tile in range(group, tiles, groups):
         n, y0, x0 = _tile_origin(tile, tiles_y, tiles_x, NI, TH, TW)
         image, y, x, pixel, there = _place(tl.arange(0, Q), n, y0, x0, N, HO, WO, NI, TH, TW, WIDE)
@@ -289,10 +298,10 @@ def depthwise(
         if count == 0:
             shift = tl.sum(d, 0) / number
         d = tl.where(there[:, None], d - shift[None, :], 0.0)
-        first += tl.sum(d, 0)
-        second += tl.sum(d * d, 0)
+        first += _fold(d)
+        second += _fold(d * d)
         count += number
-    _store_moments(moment_ptr, group, first, second, shift, c, c_mask, C)
+    _store_moments(moment_ptr, group, tl.sum(first, 0), tl.sum(second, 0), shift, c, c_mask, C)
     if tl.program_id(0) == 0:
         tl.store(count_ptr + group, count)
 
@@ -344,9 +353,7 @@ def project(
                     CIN, C, K, S, DIL, ACT, PRECISION, NI, WH, WW, NP, BP, BK, CE, WIDE,
                 )  # fmt: skip
             b = _activate(d * _vector(scale2_ptr, c, c_mask) + _vector(shift2_ptr, c, c_mask), ACT)
-            w2 = tl.load(
-                w2_ptr + o[None, :] * C + c[:, None], mask=c_mask[:, None] & o_mask[None, :], other=0.0
-            )
+            w2 = tl.load(w2_ptr + o[None, :] * C + c[:, None], mask=c_mask[:, None] & o_mask[None, :], other=0.0)
             z = tl.dot(b.to(w2.dtype), w2, z, input_precision=PRECISION)
         offset = origin * COUT + (pixel * COUT)[:, None] + o[None, :]
         tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask=there[:, None] & o_mask[None, :])
@@ -495,8 +502,8 @@ def project_gradient(
         program = (tl.program_id(2) * groups + group) * tl.num_programs(0) + tl.program_id(0)
         scratch_ptr = _own_scratch(scratch_ptr, program, NP * BP, CE)
     scale2, shift2 = _vector(scale2_ptr, c, c_mask), _vector(shift2_ptr, c, c_mask)
-    sum_g = tl.zeros([CE], tl.float32)
-    sum_gd = tl.zeros([CE], tl.float32)
+    sum_g = tl.zeros([32, CE], tl.float32)
+    sum_gd = tl.zeros([32, CE], tl.float32)
     gw2 = tl.zeros([CO, CE], tl.float32)
     for tile in range(group, tiles, groups):
         n, y0, x0 = _tile_origin(tile, tiles_y, tiles_x, NI, TH, TW)
@@ -516,8 +523,8 @@ def project_gradient(
         if sum_ptr is not None:
             g2 = _product(gz_tile, pixel, there, w2_ptr, c, c_mask, 1, C, COUT, BO, PRECISION)
             g2 = _let_through(g2, v, ACT)
-            sum_g += tl.sum(g2, 0)
-            sum_gd += tl.sum(g2 * d, 0)
+            sum_g += _fold(g2)
+            sum_gd += _fold(g2 * d)
         if gw2_ptr is not None:
             gz = tl.load(
                 gz_tile + (pixel * COUT)[None, :] + o[:, None], mask=there[None, :] & o_mask[:, None], other=0.0
@@ -529,18 +536,18 @@ def project_gradient(
     if sum_ptr is not None:
         sum_ptr += group.to(tl.int64) * 2 * C + c
         mask = c_mask & (tl.program_id(2) == 0)
-        tl.store(sum_ptr, sum_g, mask=mask)
-        tl.store(sum_ptr + C, sum_gd, mask=mask)
+        tl.store(sum_ptr, tl.sum(sum_g, 0), mask=mask)
+        tl.store(sum_ptr + C, tl.sum(sum_gd, 0), mask=mask)
 
 
-@triton.jit(do_not_specialize=_TILED)
+@triton.jit(do_not_specialize=[*_TILED, "taps"])
 def depthwise_gradient(
     gz_ptr,  # [N, HO, WO, COUT]
     x_ptr, w1_ptr, b1_ptr, taps_ptr,  # as in `depthwise`
     d_ptr, scale2_ptr, shift2_ptr,  # as in `project`
     a2_ptr, b2_ptr, c2_ptr,  # fp32 [C]
     w2_ptr,  # [COUT, C]
-    g_ptr,  # fp32 [SPLITS, N, H, W, CIN]: G, one sum for each share of the hidden channels; or None
+    g_ptr,  # fp32 [SPLITS, N, H, W, CIN]: G, or the splits' parts of it ([N, H, W, CIN] without expand); or None
     t_ptr,  # fp32 [programs 0, C, CIN], None without expand or without G
     sum_ptr,  # fp32 [programs 0, C], as t_ptr
     gwd_ptr,  # fp32 [programs 0, K * K, C], or None
@@ -548,6 +555,7 @@ def depthwise_gradient(
     g_scratch_ptr,  # [programs, NP * BP + 1, CE]
     N, H, W, HO, WO, pad_top, pad_left,
     tiles, tiles_y, tiles_x,  # of x
+    taps,  # K * K, but not known to the compiler, which would unroll the loop over them and run out of registers
     CIN: tl.constexpr, C: tl.constexpr, COUT: tl.constexpr, K: tl.constexpr, S: tl.constexpr, DIL: tl.constexpr,
     ACT: tl.constexpr, PRECISION: tl.constexpr,
     NI: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,  # the tile, in pixels of x
@@ -562,6 +570,7 @@ def depthwise_gradient(
     CI columns of G and T."""
     EXPAND: tl.constexpr = w1_ptr is not None
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    SIXTEEN_BITS: tl.constexpr = DTYPE.primitive_bitwidth == 16
     CHUNKS_A_SPLIT: tl.constexpr = ((C + CE - 1) // CE + SPLITS - 1) // SPLITS
     group, groups, split = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     first_share = tl.program_id(2) == 0  # of the columns: what all have computed is kept once
@@ -571,7 +580,7 @@ def depthwise_gradient(
     g_scratch_ptr = _own_scratch(g_scratch_ptr, program, NP * BP, CE)
     if e_scratch_ptr is not None:
         e_scratch_ptr = _own_scratch(e_scratch_ptr, program, NV * BP, CE)
-    if g_ptr is not None:
+    if EXPAND and g_ptr is not None:
         g_ptr += split.to(tl.int64) * N * H * W * CIN
     if gwd_ptr is not None:
         gwd_ptr += group.to(tl.int64) * (K * K * C)
@@ -633,29 +642,36 @@ def depthwise_gradient(
             if EXPAND:
                 v = _product(x_tile, pixel, there, w1_ptr, c, c_mask, CIN, 1, CIN, BK, PRECISION)
                 v += _vector(b1_ptr, c, c_mask)
-                e = _activate(v, ACT).to(DTYPE).to(tl.float32)
+                e = _activate(v, ACT).to(DTYPE)
             else:
                 mask = there[:, None] & c_mask[None, :]
-                e = tl.load(x_tile + (pixel * CIN)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+                e = tl.load(x_tile + (pixel * CIN)[:, None] + c[None, :], mask=mask, other=0.0)
 
             # depthwise, transposed: of the input pixel y, x tap t meets the output pixel o with o * S - pad + t * DIL
             g1 = tl.zeros([Q, CE], tl.float32)
-            for ky in range(K):
-                row = y + pad_top - ky * DIL
-                out_y = row // S
-                row_meets = there & (row >= 0) & (row % S == 0) & (out_y < HO)
-                for kx in range(K):
-                    column = x + pad_left - kx * DIL
-                    out_x = column // S
-                    meets = row_meets & (column >= 0) & (column % S == 0) & (out_x < WO)
-                    place = (image * WH + out_y - window_y) * WW + (out_x - window_x)
-                    place = tl.where(meets, place, NP * BP)
-                    g_d = tl.load(g_scratch_ptr + place[:, None] * CE + tl.arange(0, CE)[None, :]).to(tl.float32)
-                    tap = (ky * K + kx) * C + c
-                    g1 += g_d * tl.load(taps_ptr + tap, mask=c_mask, other=0.0)[None, :]
-                    if gwd_ptr is not None:
-                        gwd = tl.load(gwd_ptr + tap, mask=c_mask & again, other=0.0)
-                        tl.store(gwd_ptr + tap, gwd + tl.sum(g_d * e, 0), mask=c_mask & first_share)
+            for tap in range(taps):
+                row = y + pad_top - tap // K * DIL
+                column = x + pad_left - tap % K * DIL
+                out_y, out_x = row // S, column // S
+                meets = there & (row >= 0) & (row % S == 0) & (out_y < HO)
+                meets = meets & (column >= 0) & (column % S == 0) & (out_x < WO)
+                place = (image * WH + out_y - window_y) * WW + (out_x - window_x)
+                place = tl.where(meets, place, NP * BP)
+                g_d = tl.load(g_scratch_ptr + place[:, None] * CE + tl.arange(0, CE)[None, :])
+                g1 += g_d.to(tl.float32) * _vector(taps_ptr + tap * C, c, c_mask)
+                if gwd_ptr is not None:
+                    if SIXTEEN_BITS:
+                        # The diagonal of a product on tensor cores, whose other elements cost nothing: a sum over rows
+                        # that many threads share would be more instructions than the tap itself.
+                        diagonal = (c[:, None] == c[None, :]) & c_mask[None, :]
+                        here = gwd_ptr + tap * C + (c[:, None] * 0 + c[None, :])
+                        gwd = tl.load(here, mask=diagonal & again, other=0.0)
+                        gwd = tl.dot(e.trans(), g_d, gwd)
+                        tl.store(here, gwd, mask=diagonal & first_share)
+                    else:
+                        here = gwd_ptr + tap * C + c
+                        gwd = tl.load(here, mask=c_mask & again, other=0.0)
+                        tl.store(here, gwd + tl.sum(g_d * e, 0), mask=c_mask & first_share)
             tl.debug_barrier()
 
             if g_ptr is not None:

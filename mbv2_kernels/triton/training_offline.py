@@ -1,5 +1,5 @@
-"""Compile the kernels of a training step for a GPU that is not here, as training_ops.py would launch them, and read what
-the compiler made of them. The phases run on tensors without data, and every launch is compiled instead.
+"""Compile the kernels of a training step for a GPU that is not here, as training_ops.py would launch them, and read
+what the compiler made of them. The phases run on tensors without data, and every launch is compiled instead.
 
     python -m mbv2_kernels.triton.training_offline --sm 90                       every block of MobileNetV2, k5, V1
     python -m mbv2_kernels.triton.training_offline --sm 80 --blocks b3 --memory lean --dtype bfloat16
@@ -72,9 +72,9 @@ def launches(
     """Every launch of a training step of `block`; `tile` replaces fields of the chosen tiles."""
     i, c, o, k = block.in_channels, block.hidden_channels, block.out_channels, block.kernel
 
-    def images(channels: int, size: int, dtype: torch.dtype = getattr(torch, dtype)) -> Tensor:
+    def images(channels: int, size: int, dtype: str = dtype) -> Tensor:
         shape = batch, channels, size, size
-        return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=torch.channels_last)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
@@ -88,31 +88,27 @@ def launches(
     final = floats(o), floats(o), block.final_activation
     gradient = gy, z, floats(o), floats(o), floats(o), floats(o), floats(o), block.final_activation
     channels = [floats(c) for _ in range(5)]
-    needs = (True, True)
-
+    m, c0 = (floats(i, i), floats(i)) if block.expand else (None, None)
+    added = gy if block.residual else None
+    phases: dict[str, tuple[Any, ...]] = {
+        "train_gram": (x,),
+        "train_depthwise": (x, w1, b1, wd, *config, memory == "fast"),
+        "train_project": (*given, *channels[:2], w2, *config),
+        "train_finish": (z, x if block.residual else None, *final),
+        "train_finish_backward": (gy, z, *final),
+        "train_project_backward": (*gradient, *given, *channels[:2], w2, *config, (True, True)),
+        "train_depthwise_backward": (*gradient, *given, *channels, w2, *config, (True, True)),
+        "train_input_backward": (images(i, block.size, "float32"), x, m, c0, added),
+    }
     recorded: list[Launch] = []
     choose = training_ops.choose_tile
     with (
         mock.patch.object(training_ops, "_run", lambda *launch: recorded.append(Launch(*launch))),
-        mock.patch.object(training_ops, "_capability", lambda _: sm),
         mock.patch.object(training_ops, "choose_tile", lambda *args: choose(*args)._replace(**tile)),
     ):
-        if block.expand:
-            training_ops.train_gram(x)
-        training_ops.train_depthwise(x, w1, b1, wd, *config, memory == "fast")
-        training_ops.train_project(*given, *channels[:2], w2, *config)
-        training_ops.train_finish(z, x if block.residual else None, *final)
-        training_ops.train_finish_backward(gy, z, *final)
-        training_ops.train_project_backward(*gradient, *given, *channels[:2], w2, *config, needs)
-        training_ops.train_depthwise_backward(*gradient, *given, *channels, w2, *config, needs)
-        m, c0 = (floats(i, i), floats(i)) if block.expand else (None, None)
-        training_ops.train_input_backward(images(i, block.size, torch.float32), x, m, c0, gy if block.residual else None)
-    seen = set()
-    for launch in recorded:
-        name = launch.kernel.__name__
-        if name not in seen:  # both backward phases begin with gz
-            seen.add(name)
-            yield launch
+        for phase, arguments in phases.items():
+            getattr(training_ops, phase)(*arguments)
+    yield from {launch.kernel.__name__: launch for launch in recorded}.values()  # some occur in two phases
 
 
 def compile_launch(launch: Launch, sm: int) -> Any:
@@ -133,9 +129,7 @@ def compile_launch(launch: Launch, sm: int) -> Any:
         fn=launch.kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")
-        },
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")},
     )
     options = {"num_warps": launch.warps, **training_ops.LAUNCH_OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)

@@ -3,8 +3,8 @@
 Every function takes and returns what its namesake there does, on CUDA tensors (or CPU tensors under TRITON_INTERPRET=1;
 not bfloat16, which the interpreter multiplies wrongly). What they are made of is in training_kernels.py.
 
-Nothing here depends on the device but the tile, which depends on its capability. Programs are counted by the shape, not
-by the multiprocessors, so sums over pixels have the same parts, in the same order, on every card.
+Nothing in here depends on the card: tiles and the number of programs follow from the shapes, so that sums over pixels
+have the same parts, added in the same order, every time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,6 @@ from .configs import power_of_two
 from .ops import (
     ACTIVATIONS,
     DTYPES,
-    INTERPRETED_DEVICE,
     LAUNCH_OPTIONS,
     _device,
     _same_padding,
@@ -38,7 +36,7 @@ MAX_SPLITS = 8  # of the hidden channels in the last backward phase: each costs 
 class Tile(NamedTuple):
     """What one program computes at a time; all powers of two."""
 
-    rows: int  # Q: pixels of the tile
+    rows: int  # Q: pixels of the tile, at least 32
     block: int  # BP: pixels of the window a product
     step: int  # BK, BO: channels a step of a product that sums over channels of x or gz
     chunk: int  # CE: hidden channels
@@ -113,8 +111,9 @@ def cut(geometry: Geometry, tile: Tile, transposed: bool, outer: bool) -> Cut:
             around = tile.block * (blocks * (8 + 2 * taps * outer) + outer_blocks * 8)
             key = (tiles * (own + around), -columns)  # long rows load in longer runs
             if best is None or key < best[0]:
-                best = key, Cut(
-                    images, rows, columns, window, blocks, outer_window, outer_blocks, tiles_y, tiles_x, tiles
+                best = (
+                    key,
+                    Cut(images, rows, columns, window, blocks, outer_window, outer_blocks, tiles_y, tiles_x, tiles),
                 )
     assert best is not None
     return best[1]
@@ -229,13 +228,20 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.dtype != torch.float32 or _tf32() else "ieee"
 
 
-def _capability(device: torch.device) -> int:
-    return (_device(device.index) if device.type == "cuda" else INTERPRETED_DEVICE).capability
-
-
 def choose_tile(phase: str, block: _Block, computes_d: bool, columns: int = 16) -> Tile:
-    """The tile of "depthwise", "project", "project_backward" or "depthwise_backward", for that many columns."""
-    return Tile(64, 64, 32, 32, 256, 4)
+    """The tile of "depthwise", "project", "project_backward" or "depthwise_backward"; `columns`: see Tile.
+
+    As many rows and channels as compile without spills (training_offline.py): the work a tile has besides its elements
+    (windows, addresses, barriers) is then shared by most. None of it has been timed on a GPU.
+    """
+    wide = columns > 64
+    if block.x.element_size() == 4:  # twice the registers
+        return Tile(32 if wide else 64, 32, 16, 16, 128, 8)
+    if phase == "depthwise":
+        return Tile(128 if block.geometry.stride == 1 else 64, 64, 32, 32, 16, 4)
+    if phase == "depthwise_backward":
+        return Tile(64 if wide or computes_d else 128, 64, 32, 32, 256, 8)
+    return Tile(64 if wide or computes_d else 128, 64, 32, 32, 256, 8 if columns > 128 else 4)
 
 
 # ---- Launching ------------------------------------------------------------------------------------------------------
@@ -306,7 +312,8 @@ class _Sweep(NamedTuple):
 
 
 def _sweep(block: _Block, d: Tensor | None, tile: Tile, out_channels: int = 0) -> _Sweep:
-    geometry, inputs = block.geometry, (block.x, block.w1, block.b1, block.taps)
+    geometry = block.geometry
+    inputs: tuple[Tensor | None, ...] = (block.x, block.w1, block.b1, block.taps)
     if d is None:
         pieces = cut(geometry, tile, transposed=False, outer=False)
     else:
@@ -335,13 +342,23 @@ def _scratch(like: Tensor, programs: int, blocks: int, tile: Tile) -> Tensor:
 def _combine(moments: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over pixels of v and v * v, float64 [channels], from the programs' moments [programs, 3, channels]."""
     groups, _, channels = moments.shape
-    sums = moments.new_empty(2, channels, dtype=torch.float64)
+    total, square = (moments.new_empty(channels, dtype=torch.float64) for _ in range(2))
     width = 16
     _run(
-        _kernels().combine_moments, (math.ceil(channels / width),), (moments, counts, sums[0], sums[1], groups),
+        _kernels().combine_moments, (math.ceil(channels / width),), (moments, counts, total, square, groups),
         {"C": channels, "BG": 64, "BC": width}, 4,
     )  # fmt: skip
-    return sums[0], sums[1]
+    return total, square
+
+
+def _add_up(partial: Tensor) -> Tensor:
+    """Partial sums of the programs [programs, ...] in fp64, in an order that the shape alone decides."""
+    return partial.sum(0, dtype=torch.float64)
+
+
+def _given(x: Tensor, *results: Tensor | None) -> tuple[Any, ...]:
+    """The results, with an empty tensor for each that was not asked for."""
+    return tuple(x.new_empty(0) if r is None else r for r in results)
 
 
 def _zeros(x: Tensor, *sizes: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -369,7 +386,7 @@ def train_gram(x: Tensor) -> tuple[Tensor, Tensor]:
         _kernels().gram, (shares, shares, programs), (x, shift, sums, grams, pixels, steps),
         {"CIN": channels, "BP": rows, "CI": columns, "PRECISION": "ieee"}, 4,
     )  # fmt: skip
-    total, products = sums.sum(0, dtype=torch.float64), grams.sum(0, dtype=torch.float64)
+    total, products = _add_up(sums), _add_up(grams)
     if shift is not None:
         shift = shift.double()
         cross = torch.outer(total + 0.5 * pixels * shift, shift)
@@ -480,8 +497,7 @@ def train_finish_backward(
     sums = z.new_empty(programs, 2, z.shape[1], dtype=torch.float32)
     arguments = (gy, p.z, scale3, shift3, sums, p.pixels, steps)
     _run(_kernels().finish_sums, (programs, p.shares), arguments, p.constants, 4)
-    sum_g, sum_gz = sums.sum(0, dtype=torch.float64)
-    return sum_g, sum_gz
+    return _add_up(sums[:, 0]), _add_up(sums[:, 1])
 
 
 def _z_gradient(
@@ -511,10 +527,9 @@ def train_project_backward(
     out_channels = w2.shape[0]
     block.check_outputs("z", z, out_channels)
     need_w2, need_sums = needs
-    none = x.new_empty(0)
     if block.out_pixels == 0 or not any(needs):
-        sums = (_zeros(x, channels), _zeros(x, channels)) if need_sums else (none, none)
-        return _zeros(x, out_channels, channels, dtype=torch.float32) if need_w2 else none, *sums
+        g = _zeros(x, out_channels, channels, dtype=torch.float32) if need_w2 else None
+        return _given(x, g, *((_zeros(x, channels), _zeros(x, channels)) if need_sums else (None, None)))
     gz = _z_gradient(gy, z, scale3, shift3, a3, b3, c3, final_activation)
     sweep = _sweep(block, d, tile or choose_tile("project_backward", block, d is None, out_channels), out_channels)
     columns = _channels_a_program(out_channels, sweep.tile.columns)
@@ -532,8 +547,8 @@ def train_project_backward(
         sweep.constants | {"COUT": out_channels, "CO": columns, "BO": _step(sweep.tile, out_channels)},
         sweep.tile.warps,
     )  # fmt: skip
-    sum_g, sum_gd = (none, none) if sums is None else sums.sum(0, dtype=torch.float64)
-    return none if gw2 is None else gw2.sum(0, dtype=torch.float64).float(), sum_g, sum_gd
+    sum_g, sum_gd = (None, None) if sums is None else (_add_up(sums[:, 0]), _add_up(sums[:, 1]))
+    return _given(x, None if gw2 is None else _add_up(gw2).float(), sum_g, sum_gd)
 
 
 def train_depthwise_backward(
@@ -552,44 +567,44 @@ def train_depthwise_backward(
     block.check_outputs("z", z, out_channels)
     expand, kernel = block.w1 is not None, block.geometry.kernel
     need_x, need_wd = needs
-    none = x.new_empty(0)
+    need_t = need_x and expand
+    g = torch.empty_like(x, dtype=torch.float32, memory_format=torch.channels_last) if need_x else None
     if block.out_pixels == 0 or not any(needs):
-        g, gwd, t, sum_g = none, none, none, none
-        if need_x:
-            g = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.channels_last)
-        if need_wd:
-            gwd = torch.zeros_like(wd, memory_format=torch.contiguous_format)
-        if need_x and expand:
-            t, sum_g = _zeros(x, channels, in_channels, dtype=torch.float32), _zeros(x, channels)
-        return g, gwd, t, sum_g
+        return _given(
+            x,
+            None if g is None else g.zero_(),
+            torch.zeros_like(wd, memory_format=torch.contiguous_format) if need_wd else None,
+            _zeros(x, channels, in_channels, dtype=torch.float32) if need_t else None,
+            _zeros(x, channels) if need_t else None,
+        )
 
     gz = _z_gradient(gy, z, scale3, shift3, a3, b3, c3, final_activation)
-    tile = tile or choose_tile("depthwise_backward", block, d is None, in_channels if expand and need_x else 16)
+    tile = tile or choose_tile("depthwise_backward", block, d is None, in_channels if need_t else 16)
     pieces = cut(block.geometry, tile, transposed=True, outer=d is None)
-    columns = _channels_a_program(in_channels, tile.columns) if expand and need_x else 16
-    shares = math.ceil(in_channels / columns) if expand and need_x else 1
+    columns = _channels_a_program(in_channels, tile.columns) if need_t else 16
+    shares = math.ceil(in_channels / columns) if need_t else 1
     # Each group keeps sums over its pixels in fp32.
-    kept = 4 * channels * (kernel**2 * need_wd + (in_channels + 1) * (expand and need_x))
+    kept = 4 * channels * (kernel**2 * need_wd + (in_channels + 1) * need_t)
     groups = max(1, min(pieces.tiles, PROGRAMS // shares, WORKSPACE // max(1, kept)))
     chunks = math.ceil(channels / tile.chunk)
     splits = splits or min(chunks, MAX_SPLITS, max(1, PROGRAMS // (groups * shares)))
     splits = math.ceil(chunks / math.ceil(chunks / splits))  # the longest program as long, and none empty
     programs = groups * splits * shares
 
-    g = None
-    if need_x:
-        g = x.new_empty(splits if expand else 1, *block.x.permute(0, 2, 3, 1).shape, dtype=torch.float32)
-    t = x.new_empty(groups, channels, in_channels, dtype=torch.float32) if need_x and expand else None
-    sums = x.new_empty(groups, channels, dtype=torch.float32) if need_x and expand else None
+    parts = g
+    if g is not None and expand and splits > 1:
+        parts = x.new_empty(splits, g.numel(), dtype=torch.float32)
+    t = x.new_empty(groups, channels, in_channels, dtype=torch.float32) if need_t else None
+    sums = x.new_empty(groups, channels, dtype=torch.float32) if need_t else None
     gwd = x.new_empty(groups, kernel * kernel, channels, dtype=torch.float32) if need_wd else None
     geometry = block.geometry
     _run(
         _kernels().depthwise_gradient, (groups, splits, shares),
         (
-            gz, x, block.w1, block.b1, block.taps, d, *vectors, w2, g, t, sums, gwd,
+            gz, x, block.w1, block.b1, block.taps, d, *vectors, w2, parts, t, sums, gwd,
             _scratch(x, programs, pieces.outer_blocks, tile) if d is None and expand else None,
             _scratch(x, programs, pieces.blocks, tile),
-            *_sizes(geometry, pieces),
+            *_sizes(geometry, pieces), kernel * kernel,
         ),
         _constants(block, tile, pieces) | {
             "COUT": out_channels, "K": kernel, "S": stride, "DIL": dilation,
@@ -599,14 +614,15 @@ def train_depthwise_backward(
         },
         tile.warps,
     )  # fmt: skip
-    if g is not None:
-        g = (g[0] if len(g) == 1 else g.sum(0)).permute(0, 3, 1, 2)
-    if gwd is not None:
-        gwd = gwd.sum(0, dtype=torch.float64).float().t().reshape(wd.shape).contiguous()
-    if t is not None and sums is not None:
-        t, sums = t.sum(0, dtype=torch.float64).float(), sums.sum(0, dtype=torch.float64)
-    results = (g, gwd, t, sums)
-    return tuple(none if r is None else r for r in results)  # type: ignore[return-value]
+    if g is not None and parts is not None and parts is not g:
+        torch.sum(parts, 0, out=g.permute(0, 2, 3, 1).view(-1))
+    return _given(
+        x,
+        g,
+        None if gwd is None else _add_up(gwd).float().t().reshape(wd.shape).contiguous(),
+        None if t is None else _add_up(t).float(),
+        None if sums is None else _add_up(sums),
+    )
 
 
 def train_input_backward(g: Tensor, x: Tensor, m: Tensor | None, c0: Tensor | None, gy: Tensor | None) -> Tensor:
