@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py --budget 540 --out gpu.json
 
-In this order, stopping cleanly when the budget is spent: build the extension if it is missing, the GPU tests, the
-card's measured ceilings; then the network, the blocks, and what torch.compile makes of the network, the first of
---batches and --dtypes first. What fails is recorded with its reason and the rest goes on: in the same process, or in a
-new one where the failure took the process or its CUDA context with it. The JSON is rewritten after every result and
-lists what was left out.
+In this order, stopping cleanly when the budget is spent: build the extension if it is missing, the GPU tests (of
+inference, then of training), the card's measured ceilings; then the network, the blocks, and what torch.compile makes
+of the network, the first of --batches and --dtypes first. What fails is recorded with its reason and the rest goes on:
+in the same process, or in a new one where the failure took the process or its CUDA context with it. The JSON is
+rewritten after every result and lists what was left out.
 
 Contestants, all checked against fp64 before they are timed, each with and without CUDA graphs:
 
@@ -389,9 +389,12 @@ def bench_network(
     compare(report, "network", row, ready, x, want, limit, moved, work, 8.0, options, budget)
 
 
-def run_tests(report: Report, seconds: float) -> None:
+TESTS = {"tests": "test_gpu.py", "training tests": "test_gpu_training.py"}  # by what the report calls them
+
+
+def run_tests(report: Report, key: str, seconds: float) -> None:
     """The GPU tests in a process of their own: a fault there must not take the benchmark with it."""
-    test = str(ROOT / "tests" / "test_gpu.py")
+    test = str(ROOT / "tests" / TESTS[key])
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-m", "gpu", "-p", "no:cacheprovider", test]
     if importlib.util.find_spec("xdist"):  # hundreds of kernels to compile: one process would take all of the budget
         command += ["-n", str(min(8, os.cpu_count() or 1))]
@@ -404,9 +407,9 @@ def run_tests(report: Report, seconds: float) -> None:
         output.seek(0)
         text = output.read()
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", text)}
-    report.set("tests", {"exit": code, "seconds": time.monotonic() - begin, **counts, "output": text[-20000:]})
-    print(f"GPU tests: exit {code} {counts}\n" + "\n".join(re.findall(r"^(?:FAILED|ERROR).*", text, re.M)), flush=True)
-    if code == 0 and counts.get("passed"):
+    report.set(key, {"exit": code, "seconds": time.monotonic() - begin, **counts, "output": text[-20000:]})
+    print(f"GPU {key}: exit {code} {counts}\n" + "\n".join(re.findall(r"^(?:FAILED|ERROR).*", text, re.M)), flush=True)
+    if key == "tests" and code == 0 and counts.get("passed"):
         machine = collections.defaultdict(lambda: "?", report.data.get("machine", {}))
         words = f"{machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, {machine['date']}"
         row = f'    {machine["capability"].replace(".", "")}: "{words}",'
@@ -536,7 +539,9 @@ def run_part(options: argparse.Namespace, device: Cuda | None = None) -> None:
     report.attempt("machine", lambda: report.set("machine", header(options.device)))
     print(json.dumps(report.data.get("machine")), flush=True)
     if not options.no_tests:
-        report.attempt("tests", lambda: run_tests(report, min(200.0, 0.4 * budget.left())))
+        for key in TESTS:
+            seconds = min(200.0, 0.4 * budget.left())
+            report.attempt(key, functools.partial(run_tests, report, key, seconds))
     report.attempt("ceilings", lambda: report.set("ceilings", ceilings(options.device)))
     print({k: round(v, 1) for k, v in report.data.get("ceilings", {}).items()}, flush=True)
     names = options.blocks

@@ -253,7 +253,7 @@ def test_only_green_gpu_tests_give_a_line_for_the_table(
     monkeypatch.setattr(script.subprocess, "run", run)
     report = script.Report(tmp_path / "gpu.json")
     report.set("machine", {"gpu": "a card", "capability": "9.0", "torch": "2", "triton": "3", "date": "today"})
-    script.run_tests(report, 10)
+    script.run_tests(report, "tests", 10)
     printed = capsys.readouterr().out
     assert report.data["tests"]["exit"] == code and report.data["tests"]["output"] == output
     assert ('90: "a card, torch 2, Triton 3, today",' in printed) == (code == 0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mbv2_kernels import training_reference as oracle
-from mbv2_kernels.triton.offline import BLOCKS, MOBILENET_V2, OTHERS
+from mbv2_kernels.triton.offline import BLOCKS
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, torch sees none", allow_module_level=True)
@@ -25,7 +25,7 @@ from test_triton_training import CASES, TILED, Case, check, draw, expected, run,
 from mbv2_kernels.triton import training_ops
 
 pytestmark = pytest.mark.gpu
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 GPU_TILE = {"rows": 64, "block": 64, "warps": 4}  # the smallest that every kind of tensor-core instruction takes
 
 
@@ -52,26 +52,34 @@ def _check(case: Case) -> None:
     arguments = draw(case, "cuda")
     results = run(case, arguments)
     for phase in case.phases:
-        want = expected(phase, arguments[phase])
-        like = tensors(getattr(oracle, phase)(*arguments[phase]))
+        with torch.backends.cudnn.flags(enabled=False):
+            want = expected(phase, arguments[phase])
+            like = tensors(getattr(oracle, phase)(*arguments[phase]))
         check(phase, case.dtype, results[phase], want, like)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [b.name for b in (*MOBILENET_V2, *OTHERS)])
+# Few, for a GPU that is lent for minutes: each kernel compiles for a second or two.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, FP16) for name in ("b1", "b2", "b3", "b8", "b15", "k5s2", "v1_512_512_s1")), ("b3", BF16), ("b3", FP32)],
+    ids=str,
+)
 def test_network_shapes(name: str, dtype: torch.dtype) -> None:
     _check(_case(name, dtype, batch=3))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_every_branch(name: str, dtype: torch.dtype) -> None:
-    """The cases of the interpreter test, in the dtypes it cannot do as well."""
+@pytest.mark.parametrize("name", [
+    "plain", "lean", "stride 2, odd", "same, kernel 5", "several images a tile, the last not full",
+    "channels no multiple of anything", "columns shared by programs", "split over hidden channels", "no expand, lean",
+    "final relu6", "only wd", "64-bit offsets",
+])  # fmt: skip
+def test_branches_in_bfloat16(name: str) -> None:
+    """Cases of the interpreter test in the dtype that it cannot do."""
     case = CASES[name]
-    _check(case._replace(dtype=dtype, tile=None if case.tile is None else case.tile | GPU_TILE))
+    _check(case._replace(dtype=BF16, tile=None if case.tile is None else case.tile | GPU_TILE))
 
 
-@pytest.mark.parametrize("name", ["b1", "b2", "b3", "b8", "b15", "b17"])
+@pytest.mark.parametrize("name", ["b3", "b8", "b15"])
 def test_the_same_bits_every_time(name: str) -> None:
     """Also a race detector: an error that moves from run to run is one."""
     case = _case(name, torch.float16, batch=32)
@@ -119,8 +127,8 @@ def test_offsets_beyond_32_bits() -> None:
     few = draw(case, "cuda")
     d = few["train_project"][1]
     batch = 2**31 // d[0].numel() + 3
-    if torch.cuda.mem_get_info()[0] < 4 * 2**32:
-        pytest.skip("needs 16 GiB of GPU memory")
+    if torch.cuda.mem_get_info()[0] < 2**35:
+        pytest.skip("needs 32 GiB of GPU memory")
 
     def many(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.dim() != 4 or t.shape[0] != 2:
@@ -135,5 +143,6 @@ def test_offsets_beyond_32_bits() -> None:
     z, *_ = training_ops.train_project(*map(many, few["train_project"]))
     assert torch.equal(z[-1], training_ops.train_project(*few["train_project"])[0][1])
     del z
-    g, *_ = training_ops.train_depthwise_backward(*map(many, few["train_depthwise_backward"]))
-    assert torch.equal(g[-1], training_ops.train_depthwise_backward(*few["train_depthwise_backward"])[0][1])
+    phase = few["train_depthwise_backward"]
+    g, *_ = training_ops.train_depthwise_backward(*map(many, phase), splits=1)
+    assert torch.equal(g[-1], training_ops.train_depthwise_backward(*phase, splits=1)[0][1])

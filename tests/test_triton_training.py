@@ -80,7 +80,7 @@ def draw(case: Case, device: str = "cpu") -> dict[str, tuple[Any, ...]]:
     n, i, c, o, k = case.batch, case.in_channels, case.hidden_channels, case.out_channels, case.kernel
 
     def rand(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        return torch.randn(shape) * scale + shift
+        return torch.randn(shape, device=device) * scale + shift
 
     def images(t: Tensor) -> Tensor:
         t = t.to(case.dtype).contiguous(memory_format=torch.channels_last)
@@ -97,30 +97,24 @@ def draw(case: Case, device: str = "cpu") -> dict[str, tuple[Any, ...]]:
     a3, b3, c3 = 1 + rand(o, scale=0.2), rand(o, scale=0.1), rand(o, scale=0.1)
     a2, b2, c2 = 1 + rand(c, scale=0.2), rand(c, scale=0.1), rand(c, scale=0.1)
     config = case.config()
-    before = x, w1, b1, wd
-    d = oracle.train_depthwise(*before, *config, True)[0]
+    d = oracle.train_depthwise(x, w1, b1, wd, *config, True)[0]
     z = oracle.train_project(x, d, w1, b1, wd, scale2, shift2, w2, *config)[0]
     gy, d, z = images(torch.randn_like(z)), images(d), images(z)
     given = x, d if case.keep else None, w1, b1, wd
     final = scale3, shift3, case.final_activation
     gradient = gy, z, scale3, shift3, a3, b3, c3, case.final_activation
     g = images(torch.randn_like(x)).float()
-    phases = {
+    m, c0 = (rand(i, i, scale=0.1), rand(i)) if case.expand else (None, None)
+    return {
         "train_gram": (x,),
-        "train_depthwise": (*before, *config, case.keep),
+        "train_depthwise": (x, w1, b1, wd, *config, case.keep),
         "train_project": (*given, scale2, shift2, w2, *config),
         "train_finish": (z, x if case.residual else None, *final),
         "train_finish_backward": (gy, z, *final),
         "train_project_backward": (*gradient, *given, scale2, shift2, w2, *config, case.needs),
         "train_depthwise_backward": (*gradient, *given, scale2, shift2, a2, b2, c2, w2, *config, case.needs),
-        "train_input_backward": (
-            (g, x, rand(i, i, scale=0.1), rand(i), gy if case.residual else None)
-            if case.expand
-            else (g, x, None, None, None)
-        ),
+        "train_input_backward": (g, x, m, c0, gy if case.residual else None),
     }
-    to_device = (lambda a: a.to(device) if isinstance(a, Tensor) else a) if device != "cpu" else lambda a: a
-    return {name: tuple(map(to_device, arguments)) for name, arguments in phases.items()}
 
 
 def tensors(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -128,7 +122,21 @@ def tensors(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def expected(phase: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    wide = (a.double() if isinstance(a, Tensor) else a for a in arguments)
+    """The oracle's results in fp64.
+
+    Where the phase computes D itself, e is rounded to x's dtype as the kernels keep it: D then meets the edges of its
+    activation at the same pixels, and what a clamp passes or stops is not left to a rounding.
+    """
+    wide = [a.double() if isinstance(a, Tensor) else a for a in arguments]
+    first = {"train_project": 0, "train_project_backward": 8, "train_depthwise_backward": 8}.get(phase)
+    if first is not None and arguments[first + 1] is None:
+        x, _, w1, b1, wd = wide[first : first + 5]
+        geometry = [a for a in arguments if isinstance(a, int)][:3]
+        e = x
+        if w1 is not None:
+            activation = [a for a in arguments if isinstance(a, str)][-1]
+            e = oracle._expand(x, w1, b1, activation)[1].to(arguments[first].dtype).double()
+        wide[first + 1] = oracle.train_depthwise(e, None, None, wd, *geometry, "none", True)[0]
     return tensors(getattr(oracle, phase)(*wide))
 
 
@@ -296,6 +304,33 @@ def test_clamps_edges_and_nan_as_in_torch(worker: concurrent.futures.Executor, a
             assert any(0 < want.isnan().sum() < want.numel() for want in wanted)
         for got, want in zip(results[phase], wanted, strict=True):
             torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+def _with_infinity() -> tuple[Case, dict[str, tuple[Any, ...]]]:
+    case = Case(("train_project", "train_depthwise_backward"), hidden_channels=20, keep=False)
+    arguments = draw(case)
+    for phase, index in (("train_project", 0), ("train_depthwise_backward", 8)):
+        x = arguments[phase][index].clone(memory_format=torch.channels_last)
+        x[0, :, 2, 2] = float("inf")
+        # one sign, so that no product with the infinity is a NaN
+        w1 = arguments[phase][index + 2].abs()
+        arguments[phase] = (*arguments[phase][:index], x, None, w1, *arguments[phase][index + 3 :])
+    return case, arguments
+
+
+def _run_with_infinity() -> dict[str, tuple[Tensor, ...]]:
+    return run(*_with_infinity())
+
+
+def test_infinity_does_not_reach_past_the_last_channel(worker: concurrent.futures.Executor) -> None:
+    """ReLU6 makes a 6 of it. Channels that only fill up the last chunk have weights of 0, and 0 * inf is NaN."""
+    results = worker.submit(_run_with_infinity).result()
+    case, arguments = _with_infinity()
+    for phase, compared in zip(case.phases, ((0, 1, 2), (0, 1, 3)), strict=True):  # T is a sum of x itself
+        want = expected(phase, arguments[phase])
+        for index in compared:
+            assert want[index].isfinite().all()
+            torch.testing.assert_close(results[phase][index].double(), want[index], rtol=2e-5, atol=1e-4)
 
 
 def _far_from_zero() -> tuple[Case, dict[str, tuple[Any, ...]]]:

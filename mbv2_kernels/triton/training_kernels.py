@@ -353,6 +353,8 @@ def project(
                     CIN, C, K, S, DIL, ACT, PRECISION, NI, WH, WW, NP, BP, BK, CE, WIDE,
                 )  # fmt: skip
             b = _activate(d * _vector(scale2_ptr, c, c_mask) + _vector(shift2_ptr, c, c_mask), ACT)
+            if d_ptr is None and C % CE != 0:  # an infinite x times the zeros past the last channel is NaN
+                b = tl.where(c_mask[None, :], b, 0.0)
             w2 = tl.load(w2_ptr + o[None, :] * C + c[:, None], mask=c_mask[:, None] & o_mask[None, :], other=0.0)
             z = tl.dot(b.to(w2.dtype), w2, z, input_precision=PRECISION)
         offset = origin * COUT + (pixel * COUT)[:, None] + o[None, :]
@@ -677,6 +679,8 @@ def depthwise_gradient(
             if g_ptr is not None:
                 if EXPAND:
                     g1 = _let_through(g1, v, ACT)
+                    if C % CE != 0:  # see project
+                        g1 = tl.where(c_mask[None, :], g1, 0.0)
                     total = tl.load(sum_ptr + c, mask=c_mask & again, other=0.0)
                     tl.store(sum_ptr + c, total + tl.sum(g1, 0), mask=c_mask & first_share)
                     g1 = g1.to(DTYPE)

@@ -239,9 +239,10 @@ def choose_tile(phase: str, block: _Block, computes_d: bool, columns: int = 16) 
         return Tile(32 if wide else 64, 32, 16, 16, 128, 8)
     if phase == "depthwise":
         return Tile(128 if block.geometry.stride == 1 else 64, 64, 32, 32, 16, 4)
-    if phase == "depthwise_backward":
-        return Tile(64 if wide or computes_d else 128, 64, 32, 32, 256, 8)
-    return Tile(64 if wide or computes_d else 128, 64, 32, 32, 256, 8 if columns > 128 else 4)
+    warps = 8 if columns > 128 or phase == "depthwise_backward" else 4
+    if computes_d:  # never on the way of a training step that the package takes
+        return Tile(64, 64, 32, 16 if wide else 32, 256, warps)
+    return Tile(64 if wide else 128, 64, 32, 32, 256, warps)
 
 
 # ---- Launching ------------------------------------------------------------------------------------------------------
