@@ -292,8 +292,9 @@ def depthwise(
             CIN, C, K, S, DIL, ACT, PRECISION, NI, WH, WW, NP, BP, BK, CE, WIDE,
         )  # fmt: skip
         if d_ptr is not None:
-            offset = _first_pixel(n, y0, x0, HO, WO) * C + (pixel * C)[:, None] + c[None, :]
-            tl.store(d_ptr + offset, d.to(d_ptr.dtype.element_ty), mask=there[:, None] & c_mask[None, :])
+            d_tile = d_ptr + _first_pixel(n, y0, x0, HO, WO) * C
+            offset = (pixel * C)[:, None] + c[None, :]
+            tl.store(d_tile + offset, d.to(d_ptr.dtype.element_ty), mask=there[:, None] & c_mask[None, :])
         number = tl.sum(there.to(tl.int32), 0)
         if count == 0:
             shift = tl.sum(d, 0) / number
@@ -344,8 +345,10 @@ def project(
             c = c0 + tl.arange(0, CE)
             c_mask = (c < C) | (C % CE == 0)
             if d_ptr is not None:
-                offset = origin * C + (pixel * C)[:, None] + c[None, :]
-                d = tl.load(d_ptr + offset, mask=there[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
+                offset = (pixel * C)[:, None] + c[None, :]
+                d = tl.load(d_ptr + origin * C + offset, mask=there[:, None] & c_mask[None, :], other=0.0).to(
+                    tl.float32
+                )
             else:
                 d = _depthwise(
                     x_ptr, w1_ptr, b1_ptr, taps_ptr, scratch_ptr, n, y0, x0, image, y, x, there,
@@ -357,8 +360,8 @@ def project(
                 b = tl.where(c_mask[None, :], b, 0.0)
             w2 = tl.load(w2_ptr + o[None, :] * C + c[:, None], mask=c_mask[:, None] & o_mask[None, :], other=0.0)
             z = tl.dot(b.to(w2.dtype), w2, z, input_precision=PRECISION)
-        offset = origin * COUT + (pixel * COUT)[:, None] + o[None, :]
-        tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask=there[:, None] & o_mask[None, :])
+        offset = (pixel * COUT)[:, None] + o[None, :]
+        tl.store(z_ptr + origin * COUT + offset, z.to(z_ptr.dtype.element_ty), mask=there[:, None] & o_mask[None, :])
         number = tl.sum(there.to(tl.int32), 0)
         z = tl.where(there[:, None], z, 0.0)
         if count == 0:
@@ -512,8 +515,8 @@ def project_gradient(
         image, y, x, pixel, there = _place(tl.arange(0, Q), n, y0, x0, N, HO, WO, NI, TH, TW, WIDE)
         origin = _first_pixel(n, y0, x0, HO, WO)
         if d_ptr is not None:
-            offset = origin * C + (pixel * C)[:, None] + c[None, :]
-            d = tl.load(d_ptr + offset, mask=there[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
+            offset = (pixel * C)[:, None] + c[None, :]
+            d = tl.load(d_ptr + origin * C + offset, mask=there[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
         else:
             d = _depthwise(
                 x_ptr, w1_ptr, b1_ptr, taps_ptr, scratch_ptr, n, y0, x0, image, y, x, there,
@@ -622,8 +625,9 @@ def depthwise_gradient(
                 p = block * BP + tl.arange(0, BP)
                 p_image, p_y, p_x, p_pixel, p_there = _place(p, n, window_y, window_x, N, HO, WO, NI, WH, WW, WIDE)
                 if d_ptr is not None:
-                    offset = out_origin * C + (p_pixel * C)[:, None] + c[None, :]
-                    d = tl.load(d_ptr + offset, mask=p_there[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
+                    offset = (p_pixel * C)[:, None] + c[None, :]
+                    mask = p_there[:, None] & c_mask[None, :]
+                    d = tl.load(d_ptr + out_origin * C + offset, mask=mask, other=0.0).to(tl.float32)
                 else:
                     if WIDE:
                         p_y, p_x = p_y.to(tl.int64), p_x.to(tl.int64)
@@ -698,11 +702,11 @@ def depthwise_gradient(
                     )
                     acc = tl.dot(g1, w1, acc, input_precision=PRECISION)
                 else:  # G is g1
-                    offset = origin * CIN + (pixel * CIN)[:, None] + c[None, :]
-                    tl.store(g_ptr + offset, g1, mask=there[:, None] & c_mask[None, :])
+                    offset = (pixel * CIN)[:, None] + c[None, :]
+                    tl.store(g_ptr + origin * CIN + offset, g1, mask=there[:, None] & c_mask[None, :])
         if EXPAND and g_ptr is not None:
-            offset = origin * CIN + (pixel * CIN)[:, None] + i[None, :]
-            tl.store(g_ptr + offset, acc, mask=there[:, None] & i_mask[None, :])
+            offset = (pixel * CIN)[:, None] + i[None, :]
+            tl.store(g_ptr + origin * CIN + offset, acc, mask=there[:, None] & i_mask[None, :])
 
 
 @triton.jit(do_not_specialize=["pixels"])

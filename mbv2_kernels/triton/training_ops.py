@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     block: int  # BP: pixels of the window a product
     step: int  # BK, BO: channels a step of a product that sums over channels of x or gz
     chunk: int  # CE: hidden channels
-    columns: int  # CO, CI: columns at most that a program accumulates at once; above, programs share them
+    columns: int  # CO, CI: columns at most, and at least `step`, that a program accumulates; above, programs share them
     warps: int
 
 
@@ -242,7 +242,7 @@ def choose_tile(phase: str, block: _Block, computes_d: bool, columns: int = 16) 
     warps = 8 if columns > 128 or phase == "depthwise_backward" else 4
     if computes_d:  # never on the way of a training step that the package takes
         return Tile(64, 64, 32, 16 if wide else 32, 256, warps)
-    return Tile(64 if wide else 128, 64, 32, 32, 256, warps)
+    return Tile(64 if wide or phase == "project_backward" else 128, 64, 32, 32, 256, warps)
 
 
 # ---- Launching ------------------------------------------------------------------------------------------------------
