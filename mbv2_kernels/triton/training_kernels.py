@@ -33,7 +33,7 @@ depends on the shapes alone: the same bits every time. Where a variance is to co
 the mean of its first tile, so that nothing cancels in fp32, and combine_moments takes the shift out again in fp64.
 
 Names: q counts pixels of the tile, p pixels of a window, c hidden channels, i input channels, o output channels.
-Written against Triton 3.6 to 3.9. Launch with num_stages=1: kernels.py says why.
+Compiled and interpreted with Triton 3.8. Launch with num_stages=1: kernels.py says why.
 """
 
 from __future__ import annotations
