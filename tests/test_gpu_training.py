@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mbv2_kernels import training_reference as oracle
+from mbv2_kernels._bench.cuda import without_cudnn
 from mbv2_kernels.triton.offline import BLOCKS
 
 if not torch.cuda.is_available():
@@ -30,11 +31,11 @@ GPU_TILE = {"rows": 64, "block": 64, "warps": 4}  # the smallest that every kind
 
 
 @pytest.fixture(autouse=True)
-def _exact_products() -> Iterator[None]:
-    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+def _no_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def _case(name: str, dtype: torch.dtype, batch: int, **changes: Any) -> Case:
@@ -52,7 +53,7 @@ def _check(case: Case) -> None:
     arguments = draw(case, "cuda")
     results = run(case, arguments)
     for phase in case.phases:
-        with torch.backends.cudnn.flags(enabled=False):
+        with without_cudnn():
             want = expected(phase, arguments[phase])
             like = tensors(getattr(oracle, phase)(*arguments[phase]))
         check(phase, case.dtype, results[phase], want, like)
@@ -115,9 +116,9 @@ def test_tf32_follows_the_switch() -> None:
         z = run(case, arguments)["train_project"][0]
         return ((z.double() - want).norm() / want.norm()).item()
 
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True
     assert 2e-6 < error() < 2e-3
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
     assert error() < 2e-6
 
 

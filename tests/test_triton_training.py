@@ -25,6 +25,8 @@ from mbv2_kernels import training_reference as oracle
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from test_triton_interpreter import skip_without_interpreter
+
 from mbv2_kernels.triton import offline, training_offline
 
 SMALL = {"rows": 32, "block": 32, "step": 16, "chunk": 16, "columns": 64, "warps": 1}
@@ -158,7 +160,6 @@ def check(phase: str, dtype: torch.dtype, got: tuple[Tensor, ...], want: tuple[T
 def _set_up() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN, as tests/conftest.py
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
 def run(case: Case, arguments: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Tensor, ...]]:
@@ -185,6 +186,7 @@ def _run(case: Case) -> dict[str, tuple[Tensor, ...]]:
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[concurrent.futures.Executor]:
+    skip_without_interpreter()
     context = multiprocessing.get_context("spawn")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # read when the workers import Triton
