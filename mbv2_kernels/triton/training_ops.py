@@ -242,7 +242,7 @@ def choose_tile(phase: str, block: _Block, computes_d: bool, columns: int = 16) 
     warps = 8 if columns > 128 or phase == "depthwise_backward" else 4
     if computes_d:  # never on the way of a training step that the package takes
         return Tile(64, 64, 32, 16 if wide else 32, 256, warps)
-    return Tile(64 if wide or phase == "project_backward" else 128, 64, 32, 32, 256, warps)
+    return Tile(128 if phase == "depthwise_backward" and not wide else 64, 64, 32, 32, 256, warps)
 
 
 # ---- Launching ------------------------------------------------------------------------------------------------------
