@@ -56,13 +56,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from . import gluon_index
 
 slot_of_row = gluon.jit(gluon_index.slot_of_row)
-place_of_slot = gluon.jit(gluon_index.place_of_slot)
-place_of_part = gluon.jit(gluon_index.place_of_part)
+input_pixel = gluon.jit(gluon_index.input_pixel)
 packed_column = gluon.jit(gluon_index.packed_column)
-patch_of_row = gluon.jit(gluon_index.patch_of_row)
-pixel_of_row = gluon.jit(gluon_index.pixel_of_row)
-place_of_patch = gluon.jit(gluon_index.place_of_patch)
-tap_slot = gluon.jit(gluon_index.tap_slot)
+row_slot = gluon.jit(gluon_index.row_slot)
+output_pixel = gluon.jit(gluon_index.output_pixel)
 
 
 # ---- Layouts and instructions, chosen while compiling ---------------------------------------------------------------
@@ -162,21 +159,6 @@ def _scatter(flat, values, index):
 
 
 @gluon.jit
-def _input_pixels(
-    p, first, n, N, H, W, pad_top, pad_left,
-    NI: gl.constexpr, TY: gl.constexpr, TX: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr, S: gl.constexpr,
-    IH: gl.constexpr, IW: gl.constexpr,
-):  # fmt: skip
-    """For each slot the number of its pixel in x, counted from image n; -1 outside the image and for unused slots."""
-    part, row, column = place_of_slot(p, IH, IW)
-    image, tile_y, tile_x = place_of_part(first + (part if NI > 1 else 0), TY, TX)
-    in_y = tile_y * (TH * S) + row - pad_top
-    in_x = tile_x * (TW * S) + column - pad_left
-    inside = (part < NI) & (image < N) & (in_y >= 0) & (in_y < H) & (in_x >= 0) & (in_x < W)
-    return gl.where(inside, ((image - n) * H + in_y) * W + in_x, -1)
-
-
-@gluon.jit
 def _bias_columns(b1_ptr, c, k, last, DTYPE: gl.constexpr):
     """[CE, 16]: b1 as the sum of columns 0, 1 and 2. Beyond three times the largest number of DTYPE it saturates."""
     LARGEST: gl.constexpr = _largest(DTYPE)
@@ -242,10 +224,7 @@ def _depthwise(
     for tap in gl.static_range(K * K):
         e = _gather(es, e_index + (tap // K * IW + tap % K) * PITCH, D)
         w = _gather(taps, w_index + tap * CE, D)
-        if HALF:
-            d = _fma_fp16(e, w, d)
-        else:
-            d = gl.fma(e.to(gl.float32), w, d)
+        d = _fma_fp16(e, w, d) if HALF else gl.fma(e.to(gl.float32), w, d)
     if HALF:
         return _clamp(d, ACT)
     else:
@@ -283,15 +262,8 @@ def _store(
     GW: gl.constexpr = (TW + PW - 1) // PW
     m = gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
     o = o0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
-    part, row, column = place_of_patch(patch_of_row(m, WARPS), GH, GW, PH, PW)
-    row += pixel_of_row(m, WARPS) // PW
-    column += pixel_of_row(m, WARPS) % PW
-    image, tile_y, tile_x = place_of_part(first + (part if NI > 1 else 0), TY, TX)
-    out_y = tile_y * TH + row
-    out_x = tile_x * TW + column
-    # rows of patches that stick out of their part, patches that stick out of the image, parts that do not exist
-    valid = (part < NI) & (image < N) & (row < TH) & (column < TW) & (out_y < HO) & (out_x < WO)
-    offset = ((((image - n) * HO + out_y) * WO + out_x) * COUT)[:, None] + o[None, :]
+    pixel, valid = output_pixel(m, first, n, N, HO, WO, WARPS, NI, TY, TX, TH, TW, GH, GW, PH, PW)
+    offset = (pixel * COUT)[:, None] + o[None, :]
     mask = valid[:, None] & (o < COUT)[None, :]
     if PARTIAL:
         gl.store(y_ptr + offset, acc, mask=mask)
@@ -380,11 +352,10 @@ def fused_block(
         w2_b = gl.allocate_shared_memory(DTYPE, [CO_B, CE], ROWS_16)
     # which pixel is in which slot: computed once, looked up by every thread that needs it
     pixels = gl.allocate_shared_memory(gl.int32, [TABLE], FLAT)
-    pixels.store(
-        _input_pixels(
-            gl.arange(0, TABLE, L1), first, n, N, H, W, pad_top, pad_left, NI, TY, TX, TH, TW, S, IH, IW
-        )
-    )  # fmt: skip
+    pixel, inside = input_pixel(
+        gl.arange(0, TABLE, L1), first, n, N, H, W, pad_top, pad_left, NI, TY, TX, TH, TW, S, IH, IW
+    )
+    pixels.store(gl.where(inside, pixel, -1))
     if LEAD > 0:
         zeros = gl.arange(0, _power_of_two(LEAD * PITCH), L1)
         es.scatter(gl.zeros_like(zeros).to(DTYPE), zeros, 0)
@@ -394,8 +365,8 @@ def fused_block(
         xs = ()
         ones = ()
         for _ in gl.static_range(NP):
-            xs = xs + (gl.allocate_shared_memory(DTYPE, [BP, KA], ROWS),)
-            ones = ones + (gl.allocate_shared_memory(DTYPE, [BP, 16], ROWS_16),)
+            xs = xs + (gl.allocate_shared_memory(DTYPE, [BP, KA], ROWS),)  # noqa: RUF005  (Gluon has no unpacking)
+            ones = ones + (gl.allocate_shared_memory(DTYPE, [BP, 16], ROWS_16),)  # noqa: RUF005
         w1 = gl.allocate_shared_memory(DTYPE, [CE, KA], ROWS)
         bias = gl.allocate_shared_memory(DTYPE, [CE, 16], ROWS_16)
         _copy_rows(w1, w1_ptr + first_channel * CIN, 0, C - first_channel, CIN, 0, CIN, WARPS)
@@ -403,9 +374,9 @@ def fused_block(
         k = gl.arange(0, 16, gl.SliceLayout(0, L16))
         for block in gl.static_range(NP):
             p = block * BP + slot_of_row(gl.arange(0, BP, gl.SliceLayout(1, LX)), STEP)
-            pixel = pixels.gather(p, 0)
-            mask = (pixel >= 0)[:, None] & (i < CIN)[None, :]
-            async_copy.async_load(xs[block], x_ptr + (pixel * CIN)[:, None] + i[None, :], mask=mask)
+            x_pixel = pixels.gather(p, 0)
+            mask = (x_pixel >= 0)[:, None] & (i < CIN)[None, :]
+            async_copy.async_load(xs[block], x_ptr + (x_pixel * CIN)[:, None] + i[None, :], mask=mask)
         async_copy.commit_group()
         for block in gl.static_range(NP):
             p = block * BP + slot_of_row(gl.arange(0, BP, gl.SliceLayout(1, L16)), STEP)
@@ -429,12 +400,9 @@ def fused_block(
     tap_rows: gl.constexpr = K * K if b2_ptr is None else K * K + 1
 
     m = gl.arange(0, Q, gl.SliceLayout(1, D))
-    # "%": a patch that does not exist reads where another does
-    part, row, column = place_of_patch(patch_of_row(m, WARPS) % (NI * GH * GW), GH, GW, PH, PW)
-    row += pixel_of_row(m, WARPS) // PW
-    column += pixel_of_row(m, WARPS) % PW
+    d_slot = row_slot(m, WARPS, NI, GH, GW, PH, PW, S, IH, IW)
     d_column = packed_column(gl.arange(0, 16, gl.SliceLayout(0, D)))[None, :]
-    d_index = (tap_slot(part, row, column, S, IH, IW) * PITCH)[:, None] + d_column
+    d_index = (d_slot * PITCH)[:, None] + d_column
     w_index = d_column + gl.zeros([Q, 16], gl.int32, D)
 
     acc_a = _start(b3_ptr, 0, COUT, Q, CO_A, PARTIAL, ACC_A)
@@ -472,7 +440,7 @@ def fused_block(
                 x_pixel = pixels.gather(block * BP + x_p, 0)
                 x_mask = (x_pixel >= 0)[:, None] & (c0 + x_c < C)[None, :]
                 x_offset = (x_pixel * CIN)[:, None] + (c0 + x_c)[None, :]
-                values = values + (gl.load(x_ptr + x_offset, mask=x_mask, other=0.0),)
+                values = values + (gl.load(x_ptr + x_offset, mask=x_mask, other=0.0),)  # noqa: RUF005
             for block in gl.static_range(NP):
                 slot = gl.minimum(LEAD + block * BP + x_p, LAST_SLOT)
                 _scatter(es, values[block], (slot * PITCH)[:, None] + x_c[None, :])
@@ -488,9 +456,7 @@ def fused_block(
 
         for sub in gl.static_range(CE // 16):
             if sub == 0 or C % CE == 0 or c0 + sub * 16 < last_channel:
-                d = _depthwise(
-                    es, taps, d_index + sub * 16, w_index + sub * 16, K, IW, PITCH, CE, HALF, ACT, DTYPE, D
-                )
+                d = _depthwise(es, taps, d_index + sub * 16, w_index + sub * 16, K, IW, PITCH, CE, HALF, ACT, DTYPE, D)
                 acc_a = _project(d, w2_a.slice(sub * 16, 16, 1), acc_a, ACC_A, HOPPER)
                 if CO_B > 0:
                     acc_b = _project(d, w2_b.slice(sub * 16, 16, 1), acc_b, ACC_B, HOPPER)

@@ -12,12 +12,13 @@ current stream. As with everything in a graph, run once before capturing, so tha
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any
 
 import torch
 
-from . import configs
+from . import configs, gluon_configs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("none", "relu", "relu6")
@@ -52,7 +53,10 @@ def available() -> tuple[bool, str]:
     ]
     if not usable:
         return False, f"no GPU of compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or newer (Ampere)"
-    return True, f"Triton {triton.__version__} on {', '.join(usable)}"
+    first = next(
+        i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) >= OLDEST_CAPABILITY
+    )
+    return True, f"Triton {triton.__version__} on {', '.join(usable)}; {gluon_status(_device(first))}"
 
 
 @functools.cache
@@ -103,6 +107,55 @@ def prepare_weights(
         copied(w_project, dtype),
         copied(b_project),
     )
+
+
+# Which of the two kernels runs: MBV2_TRITON_KERNEL=gluon or triton, for tests, benchmarks and bug reports. Without it
+# the Gluon kernel runs where it was checked (gluon_configs.CHECKED) and covers the case.
+KERNEL_VARIABLE = "MBV2_TRITON_KERNEL"
+_logger = logging.getLogger("mbv2_kernels")
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@functools.cache
+def _report(kernel: str, reason: str, level: int) -> None:
+    """Once for each reason: which kernel runs and why."""
+    _logger.log(level, "blocks run the %s kernel: %s", kernel, reason)
+
+
+def gluon_status(device: configs.Device) -> str:
+    """In words for status(): whether the Gluon kernel runs on this device, and why not."""
+    if triton_version() < gluon_configs.OLDEST_TRITON:
+        return f"no Gluon kernel: Triton {'.'.join(map(str, triton_version()))} is too old"
+    if device.capability not in gluon_configs.SHARED:
+        return "no Gluon kernel for this GPU"
+    if device.capability in gluon_configs.CHECKED:
+        return f"Gluon kernel, checked on {gluon_configs.CHECKED[device.capability]}"
+    return f"Gluon kernel not checked on such a GPU, runs with {KERNEL_VARIABLE}=gluon only"
+
+
+def _choose_gluon(
+    problem: configs.Problem, device: configs.Device, pads: gluon_configs.Pads, in_pixels: int, kernel: str | None,
+    aligned: bool, **options: Any,
+) -> gluon_configs.Plan | None:  # fmt: skip
+    """The Gluon kernel's plan if it is to run. `kernel` is a demand, the environment variable a wish."""
+    wish = kernel or os.environ.get(KERNEL_VARIABLE) or None
+    _require(
+        wish is None or wish in gluon_configs.KERNELS, f"kernel must be one of {gluon_configs.KERNELS}, got {wish!r}"
+    )
+    plan, reason = gluon_configs.choose(problem, device, triton_version(), pads, in_pixels, wish, **options)
+    if plan is not None and not aligned:
+        plan, reason = None, "the Gluon kernel cannot: x does not start at a multiple of 16 bytes"
+    _require(plan is not None or kernel != "gluon", reason)
+    level = logging.WARNING if wish == "gluon" and plan is None else logging.DEBUG
+    _report("Triton" if plan is None else "Gluon", reason, level)
+    return plan
 
 
 def _require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
@@ -166,14 +219,17 @@ def inverted_residual(
     *,
     tile: configs.Tile | None = None,
     splits: int | None = None,
+    kernel: str | None = None,
+    gluon: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """The fused block on a CUDA tensor (or a CPU tensor under TRITON_INTERPRET=1); the contract of the op of that name.
 
     x [N, Cin, H, W] fp16, bf16 or fp32, any strides; weights in torch's convolution shapes, any float dtype; padding in
     pixels, -1 for "same". Returns [N, Cout, Ho, Wo] in x's dtype, dense channels_last. Raises ValueError naming the
-    argument. `tile` and `splits` override the table of configs.py: for tests and tuning.
+    argument. For tests and tuning: `tile` and `splits` override the table of configs.py; `kernel` "gluon" or "triton"
+    demands that kernel (ValueError if it cannot), `gluon` has tile, splits and half of gluon_configs.plan.
     """
-    hidden, out_channels, kernel = _check_weights(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project)
+    hidden, out_channels, size = _check_weights(x, w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project)
     _require(stride >= 1, f"stride must be at least 1, got {stride}")
     _require(dilation >= 1, f"dilation must be at least 1, got {dilation}")
     _require(padding >= -1, f'padding must be at least 0, or -1 for "same", got {padding}')
@@ -182,10 +238,10 @@ def inverted_residual(
         final_activation in ACTIVATIONS, f"final_activation must be one of {ACTIVATIONS}, got {final_activation!r}"
     )
     batch, in_channels, height, width = x.shape
-    reach = (kernel - 1) * dilation + 1
+    reach = (size - 1) * dilation + 1
     (top, pad_y), (left, pad_x) = ((padding, 2 * padding),) * 2
     if padding == -1:
-        (top, pad_y), (left, pad_x) = (_same_padding(size, kernel, stride, dilation) for size in (height, width))
+        (top, pad_y), (left, pad_x) = (_same_padding(side, size, stride, dilation) for side in (height, width))
     out_height, out_width = (height + pad_y - reach) // stride + 1, (width + pad_x - reach) // stride + 1
     _require(
         height + pad_y >= reach and width + pad_x >= reach,
@@ -213,23 +269,34 @@ def inverted_residual(
         device = INTERPRETED_DEVICE
 
     tensor_cores = x.dtype != torch.float32 or _tf32()
-    plan = configs.plan(
-        configs.Problem(
-            batch, out_height, out_width, in_channels, hidden, out_channels, kernel, stride, dilation,
-            w_expand is not None, x.element_size(), tensor_cores,
-        ),
-        device, height * width, tile, splits,
+    problem = configs.Problem(
+        batch, out_height, out_width, in_channels, hidden, out_channels, size, stride, dilation,
+        w_expand is not None, x.element_size(), tensor_cores,
     )  # fmt: skip
-
     x = x.contiguous(memory_format=torch.channels_last)
-    taps = w_depthwise.reshape(hidden, kernel * kernel)
+    if x.is_cuda and tile is None and splits is None:
+        pads = gluon_configs.Pads(top, pad_y - top, left, pad_x - left)
+        gluon_plan = _choose_gluon(
+            problem, device, pads, height * width, kernel, x.data_ptr() % 16 == 0, **gluon or {}
+        )  # fmt: skip
+        if gluon_plan is not None:
+            weights = w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project
+            with torch.cuda.device(x.device):
+                _launch_gluon(
+                    x, weights, y, gluon_plan, size, stride, top, left, activation, final_activation, residual
+                )
+            return y
+    else:
+        _require(kernel != "gluon", "the Gluon kernel runs on CUDA tensors, with its own tiles and splits")
+    plan = configs.plan(problem, device, height * width, tile, splits)
+    taps = w_depthwise.reshape(hidden, size * size)
     w1 = None if w_expand is None else w_expand.reshape(hidden, in_channels).contiguous()
     w2 = w_project.reshape(out_channels, hidden).contiguous()
     b1, b2, b3 = (None if b is None else b.contiguous() for b in (b_expand, b_depthwise, b_project))
     with torch.cuda.device(x.device) if x.is_cuda else torch.no_grad():
         _launch(
             x, w1, b1, taps, b2, w2, b3, y, plan,
-            kernel, stride, dilation, top, left, activation, final_activation, residual, tensor_cores,
+            size, stride, dilation, top, left, activation, final_activation, residual, tensor_cores,
         )  # fmt: skip
     return y
 
@@ -257,8 +324,45 @@ def _launch(
         CO_GROUPS=plan.column_groups, SPLITS=splits, WIDE=plan.wide, num_warps=tile.warps, **LAUNCH_OPTIONS,
     )  # fmt: skip
     if partial is not None:
-        block = 1024
-        kernels.sum_splits[(-(-y.numel() // block),)](
-            partial, b3, x, y, y.numel(), COUT=out_channels, FINAL=final_activation, RESIDUAL=residual, SPLITS=splits,
-            BLOCK=block, num_warps=4, **LAUNCH_OPTIONS,
-        )  # fmt: skip
+        _sum_splits(partial, b3, x, y, splits, final_activation, residual)
+
+
+def _sum_splits(
+    partial: torch.Tensor, b3: Any, x: torch.Tensor, y: torch.Tensor, splits: int, final_activation: str, residual: bool
+) -> None:
+    from . import kernels
+
+    block = 1024
+    kernels.sum_splits[(-(-y.numel() // block),)](
+        partial, b3, x, y, y.numel(), COUT=y.shape[1], FINAL=final_activation, RESIDUAL=residual, SPLITS=splits,
+        BLOCK=block, num_warps=4, **LAUNCH_OPTIONS,
+    )  # fmt: skip
+
+
+def _launch_gluon(
+    x: torch.Tensor, weights: tuple[Any, ...], y: torch.Tensor, plan: gluon_configs.Plan,
+    kernel: int, stride: int, top: int, left: int, activation: str, final_activation: str, residual: bool,
+) -> None:  # fmt: skip
+    from . import gluon_kernels
+
+    def whole(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        # what the kernel copies 16 bytes at a time: dense, of the right type, at a multiple of 16 bytes. Prepared
+        # weights are all that already.
+        t = None if t is None else t.to(dtype).contiguous()
+        return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
+
+    w1, b1, taps, b2, w2, b3 = weights
+    batch, in_channels, height, width = x.shape
+    _, out_channels, out_height, out_width = y.shape
+    partial = x.new_empty(plan.splits * y.numel(), dtype=torch.float32) if plan.splits > 1 else None
+    b3 = whole(b3, torch.float32)
+    whole_parts = plan.lead > 0
+    gluon_kernels.fused_block[(plan.programs, plan.splits)](
+        x, whole(w1, x.dtype), whole(b1, torch.float32), whole(taps.permute(2, 3, 1, 0), torch.float32),
+        whole(b2, torch.float32), whole(w2, x.dtype), b3, y if partial is None else partial,
+        batch, height, width, out_height, out_width, 0 if whole_parts else top, 0 if whole_parts else left,
+        CIN=in_channels, C=taps.shape[0], COUT=out_channels, K=kernel, S=stride,
+        ACT=activation, FINAL=final_activation, RESIDUAL=residual, **plan.constants(), num_warps=plan.tile.warps,
+    )  # fmt: skip
+    if partial is not None:
+        _sum_splits(partial, b3, x, y, plan.splits, final_activation, residual)
