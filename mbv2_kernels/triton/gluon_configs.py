@@ -150,8 +150,9 @@ def choose(
 
 
 def pitch(chunk: int, patch_columns: int, stride: int) -> int:
-    """Elements from one slot of e to the next: slots STEP apart are 32 bytes apart modulo 128 (gluon_kernels.py)."""
-    return chunk + 16 // (patch_columns * stride)
+    """Elements from one slot of e to the next, so that slots STEP apart are 32 bytes apart modulo 128, up or down."""
+    step = patch_columns * stride
+    return next(p for p in itertools.count(chunk, 4) if 2 * p * step % 128 in (32, 96))
 
 
 def window(cut: Cut, kernel: int, stride: int) -> tuple[int, int, int]:
