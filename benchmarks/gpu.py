@@ -11,6 +11,8 @@ rewritten after every result and lists what was left out.
 Contestants, all checked against fp64 before they are timed, each with and without CUDA graphs:
 
     fused                    mbv2_kernels.fuse (blocks: the op)
+    fused gluon              the same by the Gluon kernel, which is the default nowhere until a GPU has checked it
+    fused gluon fp16 sums    the same, the nine taps added up in fp16 (blocks in float16 only)
     fused + compile          the same under torch.compile, which then runs stem, head and pooling (network only)
     eager cudnn              BatchNorm folded, channels_last, depthwise convolutions by cuDNN
     eager native             the same with torch's own depthwise kernel
@@ -305,12 +307,30 @@ def draw(
     return x, weights, (block.stride, padding, block.dilation, block.activation, block.final_activation, block.residual)
 
 
+def gluon_kernels(x: Tensor, weights: tuple[Any, ...], config: tuple[Any, ...]) -> dict[str, Run]:
+    """The op by the Gluon kernel, for prepared weights; empty where that kernel cannot take x."""
+    from mbv2_kernels.triton import gluon_configs, ops
+
+    if not x.is_cuda or x.dtype == torch.float32 or ops.triton_version() < gluon_configs.OLDEST_TRITON:
+        return {}
+    if ops._device(x.device.index).capability not in gluon_configs.SHARED:
+        return {}
+    run = functools.partial(ops.inverted_residual, kernel="gluon")
+    found: dict[str, Run] = {"fused gluon": lambda v: run(v, *weights, *config)}
+    if x.dtype == torch.float16:
+        found["fused gluon fp16 sums"] = lambda v: run(v, *weights, *config, gluon={"half": True})
+    return found
+
+
 def compile_kernel(name: str, batch: int, dtype: str, device: str) -> None:
     """In a process of its own: fills Triton's cache on disk, from which the timed process loads."""
     from mbv2_kernels.triton import offline, ops
 
     x, weights, config = draw(offline.BLOCKS[name], batch, DTYPES[dtype], device)
-    ops.inverted_residual(x, *ops.prepare_weights(x.dtype, *weights), *config)
+    prepared = ops.prepare_weights(x.dtype, *weights)
+    ops.inverted_residual(x, *prepared, *config)
+    for run in gluon_kernels(x, prepared, config).values():
+        run(x)
 
 
 def compile_kernels(report: Report, jobs: int, keys: list[tuple[str, int, str, str]], seconds: float) -> None:
@@ -344,6 +364,8 @@ def bench_block(report: Report, block: Any, batch: int, dtype: torch.dtype, opti
     unfused = UnfusedBlock(block, weights)
     exact = UnfusedBlock(block, [None if w is None else w.double() for w in weights])
     ready: dict[str, Callable[[], Run]] = {"fused": lambda: lambda v: ops.inverted_residual(v, *prepared, *config)}
+    for name, run in gluon_kernels(x, prepared, config).items():
+        ready[name] = lambda run=run: run  # type: ignore[misc]
     ready |= contestants(unfused, options.compile_blocks)
     out = block.out_size
     moved = x.element_size() * (batch * (block.size**2 * i + out**2 * o) + c * (i * block.expand + o + k * k))
@@ -379,7 +401,23 @@ def bench_network(
     def fused() -> nn.Module:
         return mbv2.fuse(copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last))
 
+    def fused_gluon() -> Run:
+        from mbv2_kernels.triton.ops import KERNEL_VARIABLE
+
+        model = fused()
+
+        def run(v: Tensor) -> Tensor:
+            os.environ[KERNEL_VARIABLE] = "gluon"
+            try:
+                return model(v)
+            finally:
+                del os.environ[KERNEL_VARIABLE]
+
+        return run
+
     ready: dict[str, Callable[[], Run]] = {"fused": fused, **contestants(unfused, True)}
+    if x.is_cuda and dtype != torch.float32:
+        ready["fused gluon"] = fused_gluon
     ready["fused + compile"] = lambda: max_autotune(fused())
     ready = {name: make for name, make in ready.items() if ("compile" in name) == compiling}
     parameters = sum(p.numel() for p in unfused.parameters())
@@ -414,6 +452,10 @@ def run_tests(report: Report, key: str, seconds: float) -> None:
         words = f"{machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, {machine['date']}"
         row = f'    {machine["capability"].replace(".", "")}: "{words}",'
         print(f"to make Triton the default there, add to CHECKED in mbv2_kernels/triton/configs.py:\n{row}", flush=True)
+        print(
+            "and the Gluon kernel: the same to gluon_configs.py, if none of the tests named gluon was skipped",
+            flush=True,
+        )
 
 
 def header(device: Cuda) -> dict[str, Any]:

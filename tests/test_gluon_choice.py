@@ -45,6 +45,7 @@ def test_a_checked_kernel_is_the_default(monkeypatch: pytest.MonkeyPatch) -> Non
         (B3._replace(kernel=7), H200, (3, 8), "not 7, 1"),
         (B3._replace(stride=3), H200, (3, 8), "not 3, 3"),
         (B3._replace(dilation=2), H200, (3, 8), "dilation 2"),
+        (B3._replace(hidden_channels=136), H200, (3, 8), "136 hidden channels are no multiple of 16"),
         (B3._replace(hidden_channels=140), H200, (3, 8), "24, 140, 24 channels are not all multiples of 8"),
         (B3._replace(out_channels=512), H200, (3, 8), "at most 256, 320"),
         (B3._replace(in_channels=512), H200, (3, 8), "at most 256, 320"),

@@ -49,7 +49,7 @@ class Case(NamedTuple):
     stride: int = 1
     padding: int | None = None  # None: (kernel - 1) // 2; -1: "same"
     in_channels: int = 8
-    hidden_channels: int = 40
+    hidden_channels: int = 48
     out_channels: int = 8
     expand: bool = True
     residual: bool = False
@@ -158,13 +158,15 @@ CASES = {
     "kernel 5, images share zeros": Case(kernel=5, height=7, width=7, batch=4, tile=T256),
     "kernel 5, stride 2": Case(kernel=5, stride=2, height=13, width=16),
     "last chunk half empty": Case(hidden_channels=144, tile=T256),
-    "last chunk not a multiple of 16": Case(hidden_channels=72, tile=Tile(128, 4, 64, 64, 1)),
+    "last chunk with 1 of 4 times 16": Case(hidden_channels=80, tile=Tile(128, 4, 64, 64, 1)),
     "split over hidden channels": Case(hidden_channels=144, splits=3),
-    "unequal splits": Case(hidden_channels=88, splits=4, residual=True),
+    "unequal splits": Case(hidden_channels=80, splits=4, residual=True),
     "output columns in two parts": Case(out_channels=24, hidden_channels=16, tile=T64),
-    "no expand": Case(expand=False, in_channels=40, tile=T256),
+    "no expand": Case(expand=False, in_channels=40, hidden_channels=40, tile=T256),
     "no expand, stride 2": Case(expand=False, in_channels=24, hidden_channels=24, stride=2, height=15, width=14),
-    "no expand, images share zeros": Case(expand=False, in_channels=40, height=5, width=5, batch=4, tile=T256),
+    "no expand, images share zeros": Case(
+        expand=False, in_channels=40, hidden_channels=40, height=5, width=5, batch=4, tile=T256
+    ),
     "a smaller GPU": Case(height=56, width=40, in_channels=64, capability=89, tile=Tile(256, 4, 32, 64, 2)),
 }
 

@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which is not installed", allow_module_level=True)
 
+from test_gluon_index import CASES as GLUON_CASES
 from test_triton_interpreter import CASES, _run
 
 pytestmark = pytest.mark.gpu
@@ -357,3 +358,142 @@ def test_gradients() -> None:
     exact = [t.detach().double().requires_grad_() for t in tensors]
     want = torch.autograd.grad(_exact(tuple(exact), config), exact, grad.double())
     assert all(_error(g, w) < 1e-5 for g, w in zip(got, want, strict=True))
+
+
+# ---- The Gluon kernel: everything above runs its twin unless gluon_configs.CHECKED has this GPU ----------------------
+
+
+def _gluon(tensors: tuple[Tensor | None, ...], config: tuple[Any, ...], **options: Any) -> Tensor:
+    """The op by the Gluon kernel; skips where that kernel does not exist."""
+    from mbv2_kernels.triton import gluon_configs, ops
+
+    capability = ops._device(tensors[0].device.index).capability  # type: ignore[union-attr]
+    if ops.triton_version() < gluon_configs.OLDEST_TRITON or capability not in gluon_configs.SHARED:
+        pytest.skip(f"no Gluon kernel for Triton {ops.triton_version()} and compute capability {capability / 10}")
+    return ops.inverted_residual(*tensors, *config, kernel="gluon", gluon=options)  # type: ignore[arg-type]
+
+
+def _twin(tensors: tuple[Tensor | None, ...], config: tuple[Any, ...]) -> Tensor:
+    from mbv2_kernels.triton import ops
+
+    return ops.inverted_residual(*tensors, *config, kernel="triton")  # type: ignore[arg-type]
+
+
+GLUON_BLOCKS = [b.name for b in MOBILENET_V2] + ["k5s1", "k5s2", "v1_32_64_s1", "v1_64_128_s2"]
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("name", GLUON_BLOCKS)
+def test_gluon_blocks(name: str, batch: int, dtype: torch.dtype) -> None:
+    """Batch 1 splits the hidden channels of late blocks, 3 leaves a last program with parts that do not exist."""
+    tensors, config = _draw(BLOCKS[name], batch, dtype)
+    y, want = _gluon(tensors, config), _exact(tensors, config)
+    assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
+    assert _error(y, want) < BOUNDS[dtype]
+    assert _error(y, want) < 2 * _error(_twin(tensors, config), want)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", GLUON_CASES)
+def test_gluon_every_cut(name: str, dtype: torch.dtype) -> None:
+    """The cases of the CPU's index test, with their tiles and splits."""
+    case = GLUON_CASES[name]
+    padding = -1 if case.padding == -1 else case.pads().top
+    block = Block("", 1, case.in_channels, case.hidden_channels, case.out_channels, case.kernel, expand=case.expand)
+    tensors, _ = _draw(block, 1, dtype)
+    x = torch.randn(case.batch, case.in_channels, case.height, case.width, device="cuda").to(dtype)
+    tensors = (x.contiguous(memory_format=torch.channels_last), *tensors[1:])
+    config = (case.stride, padding, 1, "relu6", "none", case.residual)
+    y = _gluon(tensors, config, tile=case.tile._replace(resident=1), splits=case.splits)  # type: ignore[union-attr]
+    assert _error(y, _exact(tensors, config)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "none"])
+@pytest.mark.parametrize("final", ["none", "relu6"])
+def test_gluon_activations_and_missing_biases(activation: str, final: str) -> None:
+    tensors, config = _draw(BLOCKS["b5"]._replace(size=9), 2, torch.float16)
+    x, w1, _, wd, _, w2, _ = tensors
+    config = (*config[:3], activation, final, False)
+    for given in (tensors, (x, w1, None, wd, None, w2, None)):
+        assert _error(_gluon(given, config), _exact(given, config)) < BOUNDS[torch.float16]
+
+
+@pytest.mark.parametrize("name", ["b3", "b8", "b15"])
+def test_gluon_sums_in_fp16(name: str) -> None:
+    """Opt-in: within fp16's bound all the same."""
+    tensors, config = _draw(BLOCKS[name], 8, torch.float16)
+    want = _exact(tensors, config)
+    error = _error(_gluon(tensors, config, half=True), want)
+    print(f"{name}: fp16 sums {error:.2e}, fp32 sums {_error(_gluon(tensors, config), want):.2e}")
+    assert error < BOUNDS[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", ["b1", "b3", "b8", "b15"])
+def test_gluon_nan_and_infinity_as_in_torch(name: str, dtype: torch.dtype) -> None:
+    tensors, config = _draw(BLOCKS[name], 2, dtype)
+    tensors[0][1, 5, 3, 4] = float("nan")  # type: ignore[index]
+    tensors[0][0, 2, 6, 6] = float("inf")  # type: ignore[index]
+    y, want = _gluon(tensors, config), _exact(tensors, config)
+    assert want.isnan().any() and torch.equal(y.isnan(), want.isnan())
+    finite = want.isfinite()
+    assert torch.equal(y.isfinite(), finite) and _error(y[finite], want[finite]) < BOUNDS[dtype]
+
+
+def test_gluon_large_biases() -> None:
+    """The bias of the expand product goes through 16-bit numbers: it must not lose what fp32 has."""
+    tensors, config = _draw(BLOCKS["b5"], 2, torch.float16)
+    x, w1, b1, *rest = tensors
+    for bias in (b1 + 3.0, torch.full_like(b1, 1e5), torch.full_like(b1, -1e5), b1 * 1e-4):  # type: ignore[operator,arg-type]
+        given = (x, w1, bias, *rest)
+        want = _exact(given, config)
+        assert _error(_gluon(given, config), want) < BOUNDS[torch.float16]
+
+
+@pytest.mark.parametrize("name", [b.name for b in MOBILENET_V2])
+@pytest.mark.parametrize("batch", [1, 32])
+def test_gluon_the_same_bits_every_time(name: str, batch: int) -> None:
+    """Also a race detector: an error that moves from run to run is one."""
+    tensors, config = _draw(BLOCKS[name], batch, torch.float16)
+    first = _gluon(tensors, config)
+    for _ in range(50):
+        assert torch.equal(_gluon(tensors, config), first)
+
+
+def test_gluon_graph_capture_and_replay() -> None:
+    tensors, config = _draw(BLOCKS["b15"], 1, torch.float16)
+    _gluon(tensors, config)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = _gluon(tensors, config)
+    for _ in range(3):
+        tensors[0].normal_()  # type: ignore[union-attr]
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, _gluon(tensors, config))
+
+
+def test_gluon_offsets_beyond_32_bits() -> None:
+    block = BLOCKS["b1"]
+    batch = 2**31 // (block.in_channels * block.size**2) + 3
+    if torch.cuda.mem_get_info()[0] < 4 * batch * block.in_channels * block.size**2:
+        pytest.skip(f"needs about {batch * block.in_channels * block.size**2 * 4 >> 30} GiB of GPU memory")
+    tensors, config = _draw(block, 2, torch.float16)
+    x = tensors[0][:1].expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)  # type: ignore[index]
+    x[-1] = tensors[0][1]  # type: ignore[index]
+    y, want = _gluon((x, *tensors[1:]), config), _gluon(tensors, config)
+    assert torch.equal(y[-1], want[1]) and torch.equal(y[-2], want[0]) and torch.equal(y[0], want[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_gluon_network(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, batch: int) -> None:
+    from mbv2_kernels.triton import ops
+
+    _gluon(*_draw(BLOCKS["b3"], 1, torch.float16))  # skips where there is none
+    monkeypatch.setenv(ops.KERNEL_VARIABLE, "gluon")
+    model, x = _model(), torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype)
+    _same_answer(mbv2.fuse(copy.deepcopy(model).to(dtype)), model, x)

@@ -110,6 +110,10 @@ def refusal(p: Problem, device: Device, triton: tuple[int, int]) -> str | None:
         )
     if p.in_channels % 8 or p.hidden_channels % 8 or p.out_channels % 8:
         return f"{p.in_channels}, {p.hidden_channels}, {p.out_channels} channels are not all multiples of 8"
+    if p.expand and p.hidden_channels % 16:
+        # channels that do not exist would share 16 with some that do, and an infinite pixel of x times their zero
+        # weights is NaN: in a product with other zeros it would reach y
+        return f"{p.hidden_channels} hidden channels are no multiple of 16"
     if p.out_channels > MAX_OUT_CHANNELS or (p.expand and p.in_channels > MAX_IN_CHANNELS):
         return (
             f"{p.in_channels} in, {p.out_channels} out channels: it has at most {MAX_IN_CHANNELS}, {MAX_OUT_CHANNELS}"
@@ -378,6 +382,7 @@ TUNED = {80: AMPERE, 86: ADA, 89: ADA, 90: HOPPER}
 
 def conservative_tiles(problem: Problem) -> tuple[Tile, ...]:
     """Tiles that compile without spills for whatever `refusal` lets through, the largest first; one may fit."""
+    shapes: tuple[tuple[int, int], ...]
     if problem.out_channels <= 64:
         shapes = (256, 4), (128, 4), (64, 4)
     elif problem.out_channels <= 128:

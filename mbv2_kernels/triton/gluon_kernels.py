@@ -27,9 +27,9 @@ because they also end asynchronous copies, which it does not track to their end.
 Where everything is. All index arithmetic is in gluon_index.py, which a test runs on the CPU; in short:
 
     slots     row m of an expand block is slot slot_of_row(m); slots number the parts' windows row by row.
-    e         slot p, channel c lies at (LEAD + p) * PITCH + packed_column(c) of a flat array. Slots STEP = PW * S apart,
-              which neighbouring threads store and load together, are 32 bytes apart modulo 128 (that is how PITCH is
-              chosen), so that the sixteen 8-byte accesses of half a warp touch every bank once.
+    e         slot p, channel c lies at (LEAD + p) * PITCH + packed_column(c) of a flat array. PITCH is such that slots
+              STEP = PW * S apart, which neighbouring threads store and load together, are 32 bytes apart modulo 128:
+              the sixteen 8-byte accesses of half a warp touch every bank once.
     rows      a thread's rows of the project product are the PH x PW pixels of one patch: their windows overlap, and the
               compiler loads and converts each of the ((PH-1)*S+K) * ((PW-1)*S+K) slots once instead of K * K a pixel.
     columns   a thread's four of every 16 channels lie side by side in e (packed_column), one 8-byte load.
