@@ -182,6 +182,8 @@ def figures(
     parts["other"] = per_output - sum(parts.values())
     ways = gluon_configs.conflicts(cut, block.kernel, block.stride, tile.chunk)
     cycles: float = sum(CYCLES.get(name, 0) * (ways if name == "LDS.64" else 1) * n for name, n in count.items())
+    if half:  # the taps are fp16, so their loads, the same for eight lanes, are LDS.64 too
+        cycles -= (2 * ways - 1) * math.ceil(block.hidden_channels / 16) * (block.kernel**2 + 1)
     if plan.hopper and block.expand:  # wgmma reads both operands of the expand product, 128 bytes a cycle
         rows, k = plan.blocks * tile.block, math.ceil(block.in_channels / plan.x_step) * plan.x_step + 16
         chunks = math.ceil(block.hidden_channels / tile.chunk)
