@@ -39,7 +39,7 @@ def test_a_checked_kernel_is_the_default(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("problem", "device", "triton", "reason"),
     [
-        (B3, H200, (3, 6), "Triton 3.6 is older than 3.7"),
+        (B3, H200, (3, 6), "Triton 3.6 is older than 3.8"),
         (B3, Device(100, 148), (3, 8), "not compiled for compute capability 10.0"),
         (B3._replace(element_size=4), H200, (3, 8), "float16 and bfloat16"),
         (B3._replace(kernel=7), H200, (3, 8), "not 7, 1"),

@@ -1,4 +1,4 @@
-"""Device code of the fused inverted residual block in Gluon, for NVIDIA GPUs from Ampere on. Triton 3.7 or later.
+"""Device code of the fused inverted residual block in Gluon, for NVIDIA GPUs from Ampere on. Triton 3.8 or later.
 
 The same block as kernels.py, its plain-Triton twin, and the same tensors:
 
