@@ -140,13 +140,11 @@ def choose(
     if requested == "triton":
         return None, "asked for"
     reason = refusal(problem, device, triton)
-    found = None if reason else plan(problem, device, pads, in_pixels, **options)
-    if reason is None and found is None:
-        reason = "no tile fits into shared memory"
-    if reason is not None:
-        return None, f"the Gluon kernel cannot: {reason}"
-    if requested != "gluon" and device.capability not in CHECKED:
+    if reason is None and requested is None and device.capability not in CHECKED:
         return None, f"the Gluon kernel has not been checked on compute capability {device.capability / 10}"
+    found = None if reason else plan(problem, device, pads, in_pixels, **options)
+    if found is None:
+        return None, f"the Gluon kernel cannot: {reason or 'no tile fits into shared memory'}"
     return found, "asked for" if requested == "gluon" else f"checked on {CHECKED[device.capability]}"
 
 
@@ -274,6 +272,7 @@ def program_cost(problem: Problem, tile: Tile, cut: Cut) -> float:
 # ---- The plan -------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4096)  # a network asks for the same few in every step
 def plan(
     problem: Problem,
     device: Device,
