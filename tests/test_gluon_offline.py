@@ -87,6 +87,13 @@ def test_within_budget(compiled: dict[Key, concurrent.futures.Future[gluon_offli
     assert gluon_offline.over_budget(f, budget) == []
 
 
+def test_the_budget_allows_no_spills() -> None:
+    budget = json.loads(gluon_offline.BUDGET.read_text())
+    blocks = {f"{name}-sm_{sm}-float16" for name in gluon_offline.DISTINCT for sm in (80, 89, 90)}
+    assert blocks <= set(budget["blocks"])
+    assert {key for key, limits in budget["blocks"].items() if limits["spills"]} == set()
+
+
 def test_a_worse_figure_fails_with_both_numbers(
     compiled: dict[Key, concurrent.futures.Future[gluon_offline.Figures]],
 ) -> None:
