@@ -268,11 +268,15 @@ def test_empty_batch(case: Case) -> None:
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_nan_flows(tier: str) -> None:
-    """A NaN comes out where it does with PyTorch's own operations, and nowhere else."""
+    """A NaN comes out where it does with PyTorch's own operations, and nowhere else.
+
+    Where that is certain: inside the image, as a NaN in the gradient of d may or may not meet the zeros around it, and
+    with ReLU, as PyTorch's vectorised hardtanh_backward takes a NaN for a clamped value and its scalar code does not.
+    """
     _C.set_max_isa(tier)
-    case = Case(width=11, stride=2, final_activation="relu6")
+    case = Case(width=11, stride=2, activation="relu", final_activation="relu")
     a = arguments(case, torch.float32)
-    for tensor, place in ((a.x, (0, 3, 4, 4)), (a.d, (0, 5, 1, 1)), (a.z, (1, 2, 2, 0)), (a.gy, (1, 7, 0, 3))):
+    for tensor, place in ((a.x, (0, 3, 4, 4)), (a.d, (0, 5, 1, 1)), (a.z, (1, 2, 2, 2)), (a.gy, (1, 7, 1, 3))):
         tensor[place] = torch.nan
     for phase, (name, values) in phases(case, a).items():
         expected = results(getattr(training_reference, name), double(values))
