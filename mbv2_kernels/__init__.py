@@ -20,7 +20,7 @@ except ImportError as error:
         "this torch may be older than 2.11"
     ) from error
 
-from . import _registrations, models, reference  # noqa: F401
+from . import _registrations, _training_registrations, models, reference  # noqa: F401
 from .functional import InvertedResidualFunction, inverted_residual, set_backend
 from .modules import FusedInvertedResidual
 from .patch import FusionReport, FusionRow, fuse, summary, unfuse

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, reference, training
 from .backends import BlockConfig, LayerConfig
-from .fold import BlockTensors, Layer, fold, fold_layer, fold_layer_backward
+from .fold import BlockTensors, FoldedWeights, Layer, fold, fold_layer, fold_layer_backward
 
 _LIBRARY = torch.library.Library(
     "mbv2", "FRAGMENT"
@@ -69,8 +69,13 @@ def _conv_bn_act(x: Tensor, *args: Any) -> Tensor:
 
 
 def _inverted_residual_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    weights, config, needs = args[:6], BlockConfig(*args[6:-1]), args[-1]
-    grads = reference.inverted_residual_backward(grad, x, *weights, **config._asdict(), needs=tuple(needs))
+    weights, config, needs = FoldedWeights(*args[:6]), BlockConfig(*args[6:-1]), args[-1]
+    # The phases have z in x's dtype, and rounded to 16 bits it is not what the forward's final activation saw.
+    exact = config.final_activation == "none" or x.dtype is torch.float32
+    if exact and backends.trains_with_kernels(x):
+        grads = tuple(training.folded_backward(grad, x, weights, config, needs))
+    else:
+        grads = reference.inverted_residual_backward(grad, x, *weights, **config._asdict(), needs=tuple(needs))
     formats = (torch.channels_last,) + (torch.contiguous_format,) * 6
     return tuple(
         x.new_empty(0) if g is None else backends.dense(g, f if g.dim() == 4 else torch.contiguous_format)

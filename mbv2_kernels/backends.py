@@ -12,15 +12,16 @@ a model's block, one warning for each reason goes to the logger `mbv2_kernels`.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _C, reference
+from . import _C, reference, training_reference
 from .fold import BlockTensors, Eps, FoldedWeights, Layer, Run, fold, fold_layer, memo
 from .triton import configs
 
@@ -33,6 +34,19 @@ _PACK = torch.ops.mbv2.pack_inverted_residual.default
 _RUN_PACKED = torch.ops.mbv2.inverted_residual_packed.default
 _PACK_LAYER = torch.ops.mbv2.pack_conv.default
 _RUN_PACKED_LAYER = torch.ops.mbv2.conv_act_packed.default
+
+#: The phases of a training step, see `training_reference`.
+PHASES = (
+    "train_gram",
+    "train_depthwise",
+    "train_project",
+    "train_finish",
+    "train_finish_backward",
+    "train_project_backward",
+    "train_depthwise_backward",
+    "train_input_backward",
+)
+_PHASE_OPS = SimpleNamespace(**{name: getattr(torch.ops.mbv2, name).default for name in PHASES})
 
 _logger = logging.getLogger("mbv2_kernels")
 _backend = "auto"
@@ -125,6 +139,47 @@ def packed_block(tensors: BlockTensors, eps: Eps) -> tuple[Any, ...]:
 def packed_layer(layer: Layer, eps: float) -> tuple[Any, ...]:
     """The same for `run_layer`."""
     return memo.get(layer, eps, _cpu_run(_C.active_tier()), _pack_layer)
+
+
+def train_phases(x: Tensor, tensors: BlockTensors) -> Any:
+    """What computes the phases of a training step on x: an object with functions named as in `training_reference`."""
+    phases, run = _select_phases(x)
+    memo.note(tensors, run)
+    return phases
+
+
+def trains_with_kernels(x: Tensor) -> bool:
+    """Whether kernels compute the phases for x; else a backward in plain operations is as good and simpler."""
+    return _select_phases(x)[0] is not training_reference
+
+
+def training_refused(x: Tensor) -> str | None:
+    """Why blocks on x's device train in their original modules, or None."""
+    if x.is_cuda and _backend == "auto":
+        return 'no GPU has checked the Triton kernels for training yet: set_backend("triton") runs them'
+    return None
+
+
+def _select_phases(x: Tensor) -> tuple[Any, Run]:
+    if x.dtype in KERNEL_DTYPES:
+        if x.is_cpu and (_backend == "auto" or _backend == "cpu"):
+            return _PHASE_OPS, _cpu_run(_C.active_tier())
+        if _backend == "cpu":
+            raise RuntimeError(f'set_backend("cpu") is in force, but x is on {x.device}')
+        if _backend == "triton":
+            phases, reason = _triton_phases()
+            if phases is None:
+                raise RuntimeError(f'set_backend("triton") is in force, but Triton cannot train: {reason}')
+            return phases, Run("triton", None, x.dtype)
+    return training_reference, _REFERENCE
+
+
+def run_triton_phase(name: str, *args: object) -> Any:
+    """The op `mbv2::<name>`, a phase of a training step, on CUDA tensors."""
+    phases, reason = _triton_phases()
+    if phases is None:
+        raise RuntimeError(f"mbv2::{name} on CUDA needs Triton: {reason}")
+    return getattr(phases, name)(*args)
 
 
 def inverted_residual_triton(x: Tensor, *args: object) -> Tensor:
@@ -225,6 +280,18 @@ def _triton_ops() -> tuple[ModuleType | None, str]:
         return None, f"Triton cannot be imported: {type(error).__name__}: {error}"
     available, reason = ops.available()
     return (ops, "") if available else (None, reason)
+
+
+@functools.cache
+def _triton_phases() -> tuple[ModuleType | None, str]:
+    """The Triton kernels for training, and the reason if they cannot run."""
+    ops, reason = _triton_ops()
+    if ops is None:
+        return None, reason
+    try:
+        return importlib.import_module(".triton.training_ops", __package__), ""
+    except ImportError as error:
+        return None, str(error)
 
 
 def _warn_once(message: str) -> None:

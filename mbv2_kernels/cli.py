@@ -1,4 +1,4 @@
-"""The command line: `mbv2-kernels info`, `verify` and `bench`.
+"""The command line: `mbv2-kernels info`, `verify`, `bench` and `train-demo`.
 
 Exit codes: 0 all is well, 1 a result is out of its error bound, 2 arguments or files cannot be used, 130 interrupted.
 """
@@ -41,6 +41,14 @@ from ._bench.suite import (
     write_json,
 )
 from ._bench.timing import CheckFailed, Comparison, compare
+from ._bench.train_demo import train_demo_command
+from ._bench.training import (
+    TRAINERS,
+    TrainingComparison,
+    compare_training,
+    compare_training_blocks,
+    training_table,
+)
 from ._bench.verify import Verification, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,6 +99,16 @@ def seconds(text: str) -> float:
         value = 0.0
     if not 0 < value < 1e5:
         raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
+
+
+def width(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 4:
+        raise argparse.ArgumentTypeError(f"expected a number from 0.1 to 4, got {text!r}")
     return value
 
 
@@ -222,6 +240,8 @@ def verify_command(arguments: argparse.Namespace) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Time the fused blocks and network against the best unfused ones."""
+    if arguments.train:
+        return bench_training(arguments)
     if arguments.graph and not arguments.device.startswith("cuda"):
         raise InputError("--graph is for CUDA graphs: it needs --device cuda")
     model, x, note = build(arguments)
@@ -284,6 +304,55 @@ def _peers(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Pe
     return blocks, network
 
 
+def bench_training(arguments: argparse.Namespace) -> int:
+    """Time and weigh training steps of the fused and the unfused blocks and network."""
+    model, x, note = build(arguments)
+    threads = arguments.threads or torch.get_num_threads()
+    trainers = [t for t in TRAINERS if not (arguments.no_compile and t.compiled)]
+    block_trainers = [t for t in trainers if not t.compiled]
+    header = machine(threads, x.device)
+    print(f"{describe(header)}\n{title(arguments, x)}\n{note}\ntraining steps: forward, loss, backward", flush=True)
+    progress = Progress()
+    blocks: list[TrainingComparison] = []
+    network: list[TrainingComparison] = []
+    try:
+        if arguments.only != "network":
+            blocks = compare_training_blocks(
+                model, x, block_trainers, threads=threads, seconds=arguments.seconds, progress=progress
+            )
+            progress.clear()
+            print(f"\nblocks:\n{training_table(blocks)}", flush=True)
+        if arguments.only != "blocks":
+            progress("network" if arguments.no_compile else "network (torch.compile takes minutes)", 0, 1)
+            budget = 4 * arguments.seconds
+            network = [compare_training("network", model, x, trainers, threads=threads, seconds=budget)]
+            progress.clear()
+            print(f"\nnetwork:\n{training_table(network)}")
+    finally:
+        progress.clear()
+    for comparison in network:
+        for name, reason in comparison.unavailable.items():
+            print(f"{name}: {reason}")
+    if arguments.json:
+        content = {
+            "machine": header,
+            "model": arguments.model,
+            "input_shape": list(x.shape),
+            "dtype": arguments.dtype,
+            "threads": threads,
+            "note": note,
+            "blocks": [asdict(c) for c in blocks],
+            "network": asdict(network[0]) if network else None,
+        }
+        write_json(arguments.json, "bench --train", content)
+    return 0
+
+
+def train_demo(arguments: argparse.Namespace) -> int:
+    """Train on digits, fused and unfused, and draw the losses."""
+    return train_demo_command(arguments, Progress())
+
+
 def output_options() -> Parser:
     """A parent parser with --json."""
     parent = Parser(add_help=False)
@@ -329,7 +398,7 @@ def _parser() -> Parser:
 
     parser = Parser(prog="mbv2-kernels", description="MobileNetV2-like blocks as one fused kernel.")
     parser.add_argument("--version", action="version", version=f"mbv2_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,verify,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,verify,bench,train-demo}")
 
     output, network = output_options(), network_options()
     command = commands.add_parser("info", parents=[output], help="what this machine can run, and why not the rest")
@@ -349,7 +418,21 @@ def _parser() -> Parser:
         help="fused against the best unfused path, per block and whole network",
     )
     command.add_argument("--graph", action="store_true", help="with --device cuda: everything as CUDA graphs")
+    command.add_argument("--train", action="store_true", help="time and weigh training steps instead of inference")
     command.set_defaults(run=bench)
+
+    command = commands.add_parser(
+        "train-demo",
+        parents=[output],
+        help="train a small MobileNetV2 on handwritten digits, fused and unfused; also under torchrun",
+    )
+    command.add_argument("--epochs", type=positive, default=12, metavar="N", help="passes over the data (default 12)")
+    command.add_argument("--batch", type=positive, default=64, metavar="N", help="images a step (default 64)")
+    command.add_argument("--width", type=width, default=0.35, metavar="W", help="width multiplier (default 0.35)")
+    command.add_argument("--memory", choices=("fast", "lean"), default="fast", help="of the fused run")
+    command.add_argument("--images", type=positive, metavar="N", help="learn from the first N images only")
+    command.add_argument("--picture", default="train-demo.png", metavar="FILE", help="where the losses are drawn")
+    command.set_defaults(run=train_demo)
     return parser
 
 

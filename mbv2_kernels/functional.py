@@ -99,7 +99,7 @@ def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -
     """
     if torch.compiler.is_compiling():
         return _OP(x, *tensors, eps, *config)
-    if _differentiated_forward():
+    if is_transformed():
         return reference.inverted_residual(x, *fold(tensors, eps), **config._asdict())
     if _needs_op(x, tensors):
         return _OP(x, *tensors, eps, *config)
@@ -110,16 +110,11 @@ def run_layer(x: Tensor, layer: Layer, eps: float, config: LayerConfig) -> Tenso
     """A dense convolution with its BatchNorm in eval mode and its activation (stem, head), as `run_block`."""
     if torch.compiler.is_compiling():
         return _LAYER_OP(x, *layer, eps, *config)
-    if _differentiated_forward():
+    if is_transformed():
         return reference.conv_act(x, *fold_layer(layer, eps), **config._asdict())
     if _needs_op(x, layer):
         return _LAYER_OP(x, *layer, eps, *config)
     return _backends.run_layer(x, layer, eps, config)
-
-
-def _differentiated_forward() -> bool:
-    """Forward-mode derivatives and torch.func: the ops know neither, and would drop a tangent without a word."""
-    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def _needs_op(x: Tensor, tensors: Tensors) -> bool:
@@ -130,6 +125,13 @@ def _needs_op(x: Tensor, tensors: Tensors) -> bool:
         or torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
         or torch._C._get_tracing_state() is not None  # torch.jit.trace: packed weights are no constants to keep
     )
+
+
+def is_transformed() -> bool:
+    """Under forward-mode derivatives or torch.func: the ops know neither, and would drop a tangent without a word."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 class InvertedResidualFunction(torch.autograd.Function):

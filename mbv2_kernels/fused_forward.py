@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import _C
-from .backends import UNCHECKED, get_backend, packed_block, packed_layer, unchecked_gpu
+from . import _C, training_forward
+from .backends import UNCHECKED, get_backend, packed_block, packed_layer, training_refused, unchecked_gpu
 from .fold import BlockTensors, Layer, memo
-from .functional import run_block, run_layer
+from .functional import is_transformed, run_block, run_layer
 from .reference import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -42,14 +42,16 @@ class FusedForward:
     Picklable and copyable together with its block (it refers to the block and to its submodules).
     """
 
-    def __init__(self, structure: Structure, path: str = "") -> None:
+    def __init__(self, structure: Structure, path: str = "", memory: str = "fast") -> None:
         self.block = structure.block
         self.path = path
+        self.memory = memory
         self.kind = structure.kind
         self.config: Any = structure.config
         self.layers: tuple[ConvNorm | None, ...] = structure.layers
         self.drops = structure.drops
         self.eval_only = structure.eval_only
+        self.untrainable = structure.untrainable
         self.in_channels = structure.in_channels
         self.norms = tuple(layer.norm for layer in self.layers if layer is not None and layer.norm is not None)
         self.watched = tuple(_watched_modules(structure))
@@ -71,23 +73,28 @@ class FusedForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tracing = torch.compiler.is_compiling()
-        reason = (self.refusal() if tracing else self._refusal_now()) or self._refused_input(x, args, kwargs)
+        changed = tracing or self._looks_changed()
+        reason = (self.refusal() if changed else None) or self._refused_input(x, args, kwargs)
         if reason is None:
             tensors = self.tensors()
             reason = _refused_weights(x, tensors.weights()[0])
         if (tracing or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
             reason = "ONNX export: original modules, ONNX has no such operator"
+        if reason is None and changed and self._uses_batch_statistics():
+            reason = self._refused_training(x)
+            if reason is None:
+                return self._train(x, tensors)
         if reason is None:
             return self._run(x, tensors) if tracing else self._run_eagerly(x, tensors)
         if not tracing:
             self._note_refusal(reason)
         return type(self.block).forward(self.block, x, *args, **kwargs)
 
-    def _refusal_now(self) -> str | None:
-        """`refusal`, but quick where nothing has changed since the last look."""
+    def _looks_changed(self) -> bool:
+        """False: nothing stands against the kernel, as in eval mode when nothing was touched. True: look closer."""
         if self._unchanged is None:
             self._unchanged = _C.Watch(self._expectations()).unchanged
-        return None if self._unchanged() and not _has_any_global_hook() else self.refusal()
+        return not self._unchanged() or _has_any_global_hook()
 
     def _expectations(self) -> Iterator[tuple[Any, ...]]:
         """What `refusal` asks for, as `_C.Watch` takes it; stricter only where that costs a closer look."""
@@ -105,11 +112,10 @@ class FusedForward:
     def refusal(self) -> str | None:
         """Why the original modules would run now, whatever the input; None if nothing stands against the kernel."""
         for norm in self.norms:
-            # Frozen norms (no _BatchNorm) carry the flag too, but never use batch statistics.
-            if norm.training and hasattr(norm, "track_running_stats"):
-                return f"{TRAINING} (batch statistics)"
             if norm._buffers["running_mean"] is None or norm._buffers["running_var"] is None:
                 return "a BatchNorm has lost its running statistics since fuse()"
+        if self.untrainable and self._uses_batch_statistics():
+            return f"{TRAINING} ({self.untrainable})"
         for drop in self.drops:
             if drop.training and _rate(drop) > 0:
                 return f"{TRAINING} ({type(drop).__name__} is active)"
@@ -168,6 +174,27 @@ class FusedForward:
         expand, depthwise, project = self.layers
         return _eps(expand), _eps(depthwise), _eps(project)
 
+    def _uses_batch_statistics(self) -> bool:
+        return any(map(training_forward.uses_batch_statistics, self.norms))
+
+    def _refused_training(self, x: Tensor) -> str | None:
+        reason = "torch.func and forward-mode derivatives need them" if is_transformed() else training_refused(x)
+        return reason and f"{TRAINING} ({reason})"
+
+    def _train(self, x: Tensor, tensors: BlockTensors) -> Tensor:
+        if not torch.compiler.is_compiling():
+            memo.forget(tensors)  # the weights that eval mode keeps
+            self.last_reason = None
+        y = training_forward.train_block(x, self.layers, tensors, self.eps(), self.config, self.memory)
+        if not torch.compiler.is_compiling():
+            self.last_run = memo.last_run(self._training_tensors(tensors))  # fully_shard's weights are gone afterwards
+        return y
+
+    def _training_tensors(self, tensors: Any) -> Any:
+        return training_forward.without_running_statistics(
+            tensors, [training_forward.uses_batch_statistics(layer and layer.norm) for layer in self.layers]
+        )
+
     def _run(self, x: Tensor, tensors: Any) -> Tensor:
         return run_block(x, tensors, self.eps(), self.config)
 
@@ -177,7 +204,9 @@ class FusedForward:
         None if it would not run fused on CPU images of its channels now, or has parametrized weights: then a call of
         its own tells (and notes) more.
         """
-        if self._refusal_now() is not None or self._has_parametrized_weights():
+        if self._looks_changed() and (self.refusal() is not None or self._uses_batch_statistics()):
+            return None
+        if self._has_parametrized_weights():
             return None
         tensors = self.tensors()
         weight = tensors.weights()[0]
@@ -221,12 +250,15 @@ class FusedForward:
 
     def what_ran(self) -> tuple[str, str | None] | None:
         """Backend and tier of the last fused run, of compiled code too; None if there was none."""
-        return self.last_run if self._has_parametrized_weights() else memo.last_run(self.tensors())
+        if self._has_parametrized_weights():
+            return self.last_run
+        tensors = self.tensors()
+        return memo.last_run(tensors) or memo.last_run(self._training_tensors(tensors)) or self.last_run
 
     def _note_refusal(self, reason: str) -> None:
         self.last_reason = reason
         if reason.startswith(TRAINING):
-            if not self._has_parametrized_weights():
+            if not self._has_parametrized_weights() and not is_transformed():
                 memo.forget(self.tensors())  # see _run_eagerly; this one also serves compiled code that runs later
         elif reason not in self.warned and reason != NO_FIT and not reason.startswith(UNCHECKED):
             self.warned.add(reason)
@@ -245,6 +277,9 @@ class FusedLayer(FusedForward):
         if reason is None and not x.is_cpu:
             return f"no kernel for dense convolutions on device type {x.device.type!r}"
         return reason
+
+    def _training_tensors(self, tensors: Any) -> Any:
+        return tensors
 
     def tensors(self) -> Layer:
         return Layer._make(_layer_tensors(self.layer))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .backends import BlockConfig
 from .fused_forward import FusedForward
 from .recognise import KERNEL_SIZES, STRIDES, BlockStructure, ConvNorm
+from .training_forward import MEMORY
 
 _ACTIVATIONS = ("relu6", "relu")
 
@@ -21,8 +22,8 @@ class FusedInvertedResidual(nn.Module):
           + x                                  if stride is 1 and in_channels == out_channels
 
     Parameters, buffers and the keys of `state_dict` are those of torchvision's `InvertedResidual` (`conv.0.0.weight`,
-    ...). The block behaves like any block that `fuse` has swapped: fused in eval mode, its own submodules in training
-    mode; `unfuse` and `summary` know it. A subclass with a `forward` of its own keeps that forward.
+    ...). The block behaves like any block that `fuse` has swapped; `unfuse` and `summary` know it. A subclass with a
+    `forward` of its own keeps that forward.
 
     Args:
         in_channels, out_channels: positive.
@@ -32,6 +33,7 @@ class FusedInvertedResidual(nn.Module):
         dilation: of the depthwise convolution.
         activation: "relu6" or "relu", after expand and depthwise.
         eps, momentum: of the three BatchNorms; momentum None averages over all batches.
+        memory: what training keeps for backward, "fast" or "lean", see `fuse`.
 
     Raises TypeError or ValueError, naming the argument.
 
@@ -50,6 +52,7 @@ class FusedInvertedResidual(nn.Module):
         activation: str = "relu6",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        memory: str = "fast",
     ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("dilation", dilation)):
@@ -62,6 +65,8 @@ class FusedInvertedResidual(nn.Module):
             _check_number("momentum", momentum)
         if activation not in _ACTIVATIONS:
             raise ValueError(f'activation must be "relu6" or "relu", got {activation!r}')
+        if memory not in MEMORY:
+            raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
         hidden_channels = round(in_channels * expand_ratio)
         if hidden_channels < 1:
             raise ValueError(f"expand_ratio must leave a hidden channel, got {expand_ratio} of {in_channels} channels")
@@ -99,10 +104,10 @@ class FusedInvertedResidual(nn.Module):
         if type(self).forward is FusedInvertedResidual.forward:
             config = BlockConfig(stride, padding, dilation, activation, "none", self.use_res_connect)
             structure = BlockStructure(self, expand, depthwise, project, (), config)
-            self.forward = FusedForward(structure, type(self).__name__)  # type: ignore[method-assign]
+            self.forward = FusedForward(structure, type(self).__name__, memory)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block layer by layer: what `unfuse` leaves, and what training mode runs."""
+        """The block layer by layer: what `unfuse` leaves."""
         y = self.conv(x)
         return x + y if self.use_res_connect else y
 

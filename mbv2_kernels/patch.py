@@ -11,6 +11,7 @@ from .chain import FusedChain, has_chain
 from .fold import memo
 from .fused_forward import TRAINING, FusedForward, FusedLayer
 from .recognise import LAYER_KINDS, Candidate, LayerStructure, candidates
+from .training_forward import MEMORY
 
 ORIGINAL = "original modules"  # the `backend` of a row whose block last ran unfused
 
@@ -20,7 +21,7 @@ class FusionRow:
     """One block of a model or one dense layer around its blocks, or what looked like one.
 
     path: as in `model.named_modules()`. kind: inverted_residual, depthwise_separable, stem or head.
-    fused: an eval-mode call runs the fused kernel. reason: why not, or why the original modules run at the moment.
+    fused: calls run the fused kernel. reason: why not, or why the original modules run at the moment.
     backend, tier: what last ran it ("cpu" and "avx2"; "original modules"), None before the first call.
     """
 
@@ -66,7 +67,11 @@ class FusionReport:
 
 
 def fuse(
-    model: nn.Module, *, filter_fn: Callable[[nn.Module, str], bool] | None = None, strict: bool = False
+    model: nn.Module,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    strict: bool = False,
+    memory: str = "fast",
 ) -> nn.Module:
     """Makes every block of `model` that the fused kernel computes exactly run fused, in place; returns `model`.
 
@@ -74,8 +79,8 @@ def fuse(
     An `nn.Sequential` with several of them next to each other runs them by one call (see `chain`).
 
     Found by structure (see `recognise`) and confirmed by running each block once on small inputs. Class, path,
-    submodules, parameters, `state_dict`, hooks of the block stay; `unfuse` undoes it. In training mode, and whenever
-    something inside the block asks for it (hooks, a replaced layer), the original modules run: `summary` says why.
+    submodules, parameters, `state_dict`, hooks of the block stay; `unfuse` undoes it. The original modules run whenever
+    something inside the block asks for it (hooks, a replaced layer, an active dropout): `summary` says why.
 
     Calling it again checks every block anew and drops folded weights: do so after editing a block's layers, or its
     parameters through `.data`. Call `unfuse` before torch.jit.script.
@@ -84,13 +89,17 @@ def fuse(
         filter_fn: called with (module, path) for every candidate; those it returns False for are left as they are.
         strict: raise RuntimeError, before anything is changed, if there is nothing to fuse or a block cannot be fused
             (a stem or head that cannot is no reason: what they cost is small).
+        memory: what training keeps for backward, beside each block's input and its output before the last BatchNorm.
+            "fast": what the depthwise convolution gave; "lean": nothing, it is computed again.
 
-    Raises TypeError if `model` is no nn.Module or `filter_fn` cannot be called.
+    Raises TypeError if `model` is no nn.Module or `filter_fn` cannot be called, ValueError for another `memory`.
     """
     _check_module("fuse", model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable as filter_fn(module, path), got {type(filter_fn).__name__}")
     chosen = [c for c in candidates(model) if filter_fn is None or filter_fn(c.module, c.path)]
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     if strict:
         _check_all_fusable(chosen)
     if filter_fn is None:
@@ -98,7 +107,7 @@ def fuse(
     for candidate in chosen:  # chains look anew at what is fused in every call
         _unfuse_one(candidate.module)
         if candidate.structure is not None:
-            candidate.module.forward = _forward_of(candidate)
+            candidate.module.forward = _forward_of(candidate, memory)
     for module in model.modules():
         if has_chain(module):
             module.forward = FusedChain(module)
@@ -156,12 +165,12 @@ def _check_all_fusable(chosen: list[Candidate]) -> None:
         raise RuntimeError("\n".join([head, *lines]))
 
 
-def _forward_of(candidate: Candidate) -> FusedForward:
+def _forward_of(candidate: Candidate, memory: str) -> FusedForward:
     structure = candidate.structure
     assert structure is not None
     if isinstance(structure, LayerStructure):
         return FusedLayer(structure, candidate.path)
-    return FusedForward(structure, candidate.path)
+    return FusedForward(structure, candidate.path, memory)
 
 
 def _fused_forward(module: nn.Module) -> FusedForward | None:

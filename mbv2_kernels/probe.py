@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,6 +100,8 @@ def confirm(structure: SomeStructure) -> SomeStructure:
                     break
             else:
                 found: Any = {"config": config, "eval_only": _looks_at_training(block, inputs[0], outputs[0])}
+                if len(structure.layers) == 3:
+                    found["untrainable"] = _untrainable(norm for _, norm in layers)
                 return replace(structure, **found)
     roles = "expand, depthwise, project" if len(structure.layers) == 3 else "convolution, norm, activation"
     raise Refused(
@@ -210,6 +213,38 @@ def _looks_at_training(block: nn.Module, x: Tensor, y: Tensor) -> bool:
         return not torch.equal(_run(block, x), y)
     except Exception:
         return True
+
+
+def _untrainable(norms: Iterable[nn.Module | None]) -> str:
+    """Why these norms (copies of our own) are not BatchNorm in training mode, or ""."""
+    for norm in norms:
+        plain = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) if norm is not None else True
+        if norm is None or plain or not hasattr(norm, "track_running_stats"):
+            continue
+        reason = f"{type(norm).__name__} does something else in training mode than BatchNorm"
+        try:
+            if not _trains_as_batch_norm(norm):
+                return reason
+        except Exception as error:
+            return f"{reason}: {_one_line(error)}"
+    return ""
+
+
+def _trains_as_batch_norm(norm: Any) -> bool:
+    """Runs a norm twice; compares the outputs, behind any activation, and the running statistics with torch's own."""
+    norm.train()
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    x = _grid().reshape(2, 1, 9, 10).repeat(1, norm.num_features, 1, 1)
+    seen = int(norm.num_batches_tracked)
+    for step in (1, 2):
+        momentum = 1 / (seen + step) if norm.momentum is None else norm.momentum
+        expected = nn.functional.batch_norm(x, mean, var, norm.weight, norm.bias, True, momentum, norm.eps)
+        y = _run(norm, x)
+        behind = (expected, expected.clamp(0, 6), expected.clamp(min=0))
+        if not any(torch.allclose(y, e, rtol=0, atol=TOLERANCE) for e in behind):
+            return False
+    kept = ((norm.running_mean, mean), (norm.running_var, var))
+    return int(norm.num_batches_tracked) == seen + 2 and all(torch.allclose(a, b, rtol=TOLERANCE) for a, b in kept)
 
 
 def _copy(module: nn.Module, twins: dict[int, Any]) -> Any:

@@ -54,6 +54,7 @@ class BlockStructure:
     drops: tuple[nn.Module, ...]  # modules that are the identity in eval mode only (Dropout, DropPath)
     config: BlockConfig
     eval_only: bool = False  # the block's own forward looks at block.training (functional dropout)
+    untrainable: str = ""  # why its norms in training mode are not what BatchNorm computes; "" if they are
 
     @property
     def layers(self) -> tuple[ConvNorm | None, ConvNorm, ConvNorm]:
@@ -82,6 +83,7 @@ class LayerStructure:
     drops: tuple[nn.Module, ...]
     config: LayerConfig
     eval_only: bool = False
+    untrainable: str = "batch statistics"
 
     @property
     def layers(self) -> tuple[ConvNorm]:
@@ -333,7 +335,7 @@ def _inventory(block: nn.Module) -> _Inventory:
                 raise Refused(_not_computed(path, module))
             if does != "identity":
                 acts.append((len(convs), does, type(module).__name__))
-            elif type(module).forward is not nn.Identity.forward:
+            elif type(module).forward not in (nn.Identity.forward, nn.Sequential.forward):  # empty Sequentials too
                 drops.append(module)
     return found
 

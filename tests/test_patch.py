@@ -217,30 +217,41 @@ def test_to_half_and_back(net: nn.Module) -> None:
 # --- when the original modules run ------------------------------------------------------------------------------------
 
 
-def test_training_mode_is_exactly_the_original(net: nn.Module) -> None:
+def test_training_mode_runs_fused(net: nn.Module) -> None:
+    """Gradients and statistics: tests/test_training.py."""
     reference = copy.deepcopy(net)
     mbv2.fuse(net)
     x = torch.randn(X)
     for model in (net, reference):
         model.train()
         model(x).square().sum().backward()
-    for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
+    for (name, ours), theirs in zip(net.named_parameters(), reference.parameters(), strict=True):
+        # A block's last bias has no effect through the next block's BatchNorm: a gradient of rounding noise.
+        assert error(ours.grad, theirs.grad) < 1e-4 or theirs.grad.norm() < 1e-6, name
     for ours, theirs in zip(net.buffers(), reference.buffers(), strict=True):
-        assert torch.equal(ours, theirs)
-    for row in rows(net):
-        assert row.fused and row.backend == "original modules"
-        assert row.reason == "training: original modules (batch statistics)"
+        assert error(ours, theirs) < 1e-5
+    assert ran(net) == {"cpu"} and all(row.fused and row.reason == "" for row in rows(net))
     net.eval()
     with torch.no_grad():
-        assert error(net(x), reference.eval()(x)) < 4e-6
+        assert error(net(x), reference.eval()(x)) < 1e-5
     assert ran(net) == {"cpu"} and all(row.reason == "" for row in rows(net))
 
 
-def test_one_norm_in_training_mode_is_enough(net: nn.Module) -> None:
-    mbv2.fuse(net).blocks[1].conv[7].train()
-    net(torch.randn(X))
-    assert [row.backend for row in rows(net)] == ["cpu", "original modules", "cpu"]
+def test_a_norm_that_trains_in_its_own_way_runs_the_original() -> None:
+    class Renorm(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1.1 if self.training else 1.0)
+
+    block = Flat()
+    block.conv[7] = Renorm(8)
+    mbv2.fuse(randomise(block), strict=True)
+    x = torch.randn(2, 8, 9, 9)
+    block(x)
+    assert rows(block)[0].backend == "cpu"
+    block.train()
+    block(x)
+    assert rows(block)[0].backend == "original modules"
+    assert "Renorm does something else in training mode" in rows(block)[0].reason
 
 
 def test_frozen_norms_in_training_mode_run_fused(net: nn.Module) -> None:

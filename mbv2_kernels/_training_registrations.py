@@ -1,0 +1,259 @@
+"""The ops of a training step, as torch sees them: `mbv2::train_block`, its backward, and the phases they are made of.
+
+`train_block` is the whole forward with batch statistics (`training.forward`). Autograd, torch.compile and autocast meet
+this op and its backward; the phases (`mbv2::train_gram`, ...) are run below them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, training
+from ._registrations import (
+    _AUTOCAST_KEYS,
+    _BLOCK_TENSORS,
+    _CONFIG,
+    _LIBRARY,
+    _N_BLOCK,
+    _N_CONFIG,
+    _fake_output,
+    _no_double_backward,
+    _without_autocast,
+)
+from .backends import BlockConfig
+from .fold import BlockTensors
+from .training import Saved, Step
+
+_BLOCK = f"{_BLOCK_TENSORS}, float[] eps, {_CONFIG}, bool[3] batch, str[] groups, bool keep"
+_SAVED = ", ".join(f"Tensor {field}" for field in Saved._fields)
+_N_LEARNED = 13  # x, and weight, bias, gamma, beta of three layers
+_ops = torch.ops.mbv2
+
+# Returns y and `Saved`; `batch`, `groups`, `keep` are `training.Step`.
+_LIBRARY.define(
+    f"train_block(Tensor x, {_BLOCK}) -> (Tensor y, {_SAVED})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    f"train_block_backward(Tensor grad, Tensor x, {_BLOCK}, {_SAVED}, bool[{_N_LEARNED}] needs)"
+    f" -> ({', '.join(['Tensor'] * _N_LEARNED)})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _read(args: tuple[Any, ...]) -> tuple[BlockTensors, tuple[float, float, float], BlockConfig, Step, tuple[Any, ...]]:
+    """The arguments after x: the block as `training` takes it, and the rest."""
+    tensors = BlockTensors(*args[:_N_BLOCK])
+    eps, *others = args[_N_BLOCK:]
+    if len(eps) != 3 or len(others[_N_CONFIG + 1]) != 3:
+        raise ValueError(f"eps and groups must be 3 each (expand, depthwise, project), got {eps}, {others[-2]}")
+    end = _N_CONFIG + len(Step._fields)
+    step = Step(*others[_N_CONFIG:end])
+    return tensors, tuple(eps), BlockConfig(*others[:_N_CONFIG]), step, tuple(others[end:])
+
+
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _train_block(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    tensors, eps, config, step, _ = _read(args)
+    y, saved = training.forward(x, tensors, eps, config, step)
+    return y, *saved
+
+
+def _train_block_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    tensors, eps, config, step, rest = _read(args)
+    saved, needs = Saved(*rest[:-1]), rest[-1]
+    if len(needs) != _N_LEARNED:
+        raise ValueError(f"needs must be {_N_LEARNED} (x, and four of each layer), got {len(needs)}")
+    grads = training.backward(grad, x, tensors, eps, config, step, saved, needs)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+_LIBRARY.impl("train_block", _train_block, "CompositeExplicitAutograd")
+_LIBRARY.impl("train_block_backward", _train_block_backward, "CompositeExplicitAutograd")
+for _phase in backends.PHASES:
+    _LIBRARY.impl(_phase, functools.partial(backends.run_triton_phase, _phase), "CUDA")
+
+
+# ---- Fakes -----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("mbv2::train_block", lib=_LIBRARY)
+def _(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    tensors, _, config, step, _ = _read(args)
+    kernel_size = tensors.depthwise_weight.shape[-1]
+    hidden_channels, out_channels = tensors.depthwise_weight.shape[0], tensors.project_weight.shape[0]
+    in_channels = x.shape[1]
+    d = _fake_output(x, hidden_channels, kernel_size, config) if step.keep else x.new_empty(0)
+    y, z = (_fake_output(x, out_channels, kernel_size, config) for _ in range(2))
+    none = x.new_empty(0, dtype=torch.float64)
+    expand = step.batch[0] and tensors.expand_weight is not None
+    saved = Saved(
+        d,
+        z,
+        none.new_empty(3, hidden_channels) if expand else none.clone(),
+        none.new_empty(3, hidden_channels) if step.batch[1] else none.clone(),
+        none.new_empty(3, out_channels) if step.batch[2] else none.clone(),
+        none.new_empty(in_channels) if expand else none.clone(),
+        none.new_empty(in_channels) if expand else none.clone(),
+        none.new_empty(in_channels, in_channels) if expand else none.clone(),
+    )
+    return y, *saved
+
+
+@torch.library.register_fake("mbv2::train_block_backward", lib=_LIBRARY)
+def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    leaves, needs = _leaves(x, args), args[-1]
+    return tuple(
+        torch.empty(
+            leaf.shape,
+            dtype=leaf.dtype,
+            device=leaf.device,
+            memory_format=torch.channels_last if leaf is x else torch.contiguous_format,
+        )
+        if needed and leaf is not None
+        else x.new_empty(0)
+        for leaf, needed in zip(leaves, needs, strict=True)
+    )
+
+
+def _leaves(x: Tensor, block: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """What has a gradient: x, and weight, bias, gamma, beta of each layer."""
+    return x, *block[0:4], *block[6:10], *block[12:16]
+
+
+@torch.library.register_fake("mbv2::train_gram", lib=_LIBRARY)
+def _(x: Tensor) -> tuple[Tensor, ...]:
+    channels = x.shape[1]
+    return _sums(x, channels), x.new_empty(channels, channels, dtype=torch.float64)
+
+
+@torch.library.register_fake("mbv2::train_depthwise", lib=_LIBRARY)
+def _(x: Tensor, w1: Tensor | None, b1: Tensor | None, wd: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *config, keep = args
+    channels = wd.shape[0]
+    d = _fake_image(x, channels, wd, config) if keep else x.new_empty(0)
+    return d, _sums(x, channels), _sums(x, channels)
+
+
+@torch.library.register_fake("mbv2::train_project", lib=_LIBRARY)
+def _(x: Tensor, d: Tensor | None, w1: Tensor | None, b1: Tensor | None, wd: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    _, _, w2, *config = args
+    channels = w2.shape[0]
+    return _fake_image(x, channels, wd, config), _sums(x, channels), _sums(x, channels)
+
+
+@torch.library.register_fake("mbv2::train_finish", lib=_LIBRARY)
+def _(z: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(z, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("mbv2::train_finish_backward", lib=_LIBRARY)
+def _(gy: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _sums(gy, gy.shape[1]), _sums(gy, gy.shape[1])
+
+
+@torch.library.register_fake("mbv2::train_project_backward", lib=_LIBRARY)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    x, w2, (need_w2, need_sums) = args[8], args[15], args[-1]
+    hidden = w2.shape[1]
+    gw2 = w2.new_empty(w2.shape) if need_w2 else w2.new_empty(0)
+    return gw2, *(_sums(x, hidden if need_sums else 0) for _ in range(2))
+
+
+@torch.library.register_fake("mbv2::train_depthwise_backward", lib=_LIBRARY)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    x, w1, wd, (need_x, need_wd) = args[8], args[10], args[12], args[-1]
+    expand = need_x and w1 is not None
+    return (
+        torch.empty_like(x, dtype=wd.dtype, memory_format=torch.channels_last) if need_x else wd.new_empty(0),
+        wd.new_empty(wd.shape if need_wd else 0),
+        wd.new_empty(w1.shape if expand else 0),
+        _sums(x, wd.shape[0] if expand else 0),
+    )
+
+
+@torch.library.register_fake("mbv2::train_input_backward", lib=_LIBRARY)
+def _(g: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _fake_image(x: Tensor, channels: int, wd: Tensor, config: list[Any]) -> Tensor:
+    stride, padding, dilation, activation = config
+    return _fake_output(x, channels, wd.shape[-1], BlockConfig(stride, padding, dilation, activation, "none", False))
+
+
+def _sums(x: Tensor, channels: int) -> Tensor:
+    return x.new_empty(channels, dtype=torch.float64)
+
+
+# ---- Autograd --------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[: 1 + _N_BLOCK], *saved)
+    ctx.block = inputs[1 + _N_BLOCK :]
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    learned = _leaves(ctx.needs_input_grad[0], ctx.needs_input_grad[1:])
+    grads: list[Tensor | None] = [None] * _N_LEARNED
+    if grad is not None:
+        kept = ctx.saved_tensors  # once: checkpointing computes them anew at every access
+        needed = _ops.train_block_backward(grad, *kept[: 1 + _N_BLOCK], *ctx.block, *kept[1 + _N_BLOCK :], learned)
+        grads = [g if need else None for g, need in zip(needed, learned, strict=True)]
+    grad_x, *rest = grads
+    layers = (grad for i in (0, 4, 8) for grad in (*rest[i : i + 4], None, None))
+    return grad_x, *layers, *(None,) * len(ctx.block)
+
+
+torch.library.register_autograd("mbv2::train_block", _backward, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd("mbv2::train_block_backward", _no_double_backward, lib=_LIBRARY)
+
+
+class TrainBlockFunction(torch.autograd.Function):
+    """The op `mbv2::train_block` on plain eager tensors, without the dispatcher's way through its autograd."""
+
+    @staticmethod
+    def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return _train_block(x, *args)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+# ---- Autocast --------------------------------------------------------------------------------------------------------
+
+
+def _autocast(device_type: str) -> Any:
+    """As autocast has it for the block's convolutions: x in autocast's dtype, and the result in that.
+
+    Weights in float32 stay, see `_registrations._autocast`. A residual is added to the x that came.
+    """
+    op = _ops.train_block.default
+    residual = _N_BLOCK + _N_CONFIG  # its place after x
+
+    def kernel(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            if x.dtype in (dtype, torch.float64):
+                return op(x, *args)
+            if not args[residual]:
+                return op(x.to(dtype), *args)
+            y, *saved = op(x.to(dtype), *args[:residual], False, *args[residual + 1 :])
+            return y + x, *saved
+
+    return kernel
+
+
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _LIBRARY.impl("train_block", _autocast(_device_type), _key)
+    _LIBRARY.impl("train_block_backward", _without_autocast(_ops.train_block_backward.default), _key)

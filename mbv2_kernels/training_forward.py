@@ -1,0 +1,108 @@
+"""A fused block with BatchNorms in training mode: what nn.BatchNorm2d does around the arithmetic.
+
+Which layers use batch statistics, over which processes, torch's error for a single value a channel, and the running
+statistics. The arithmetic itself is the op `mbv2::train_block`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import reference
+from ._training_registrations import TrainBlockFunction
+from .backends import BlockConfig
+from .fold import BlockTensors, Eps
+
+if TYPE_CHECKING:
+    from .recognise import ConvNorm
+
+#: What is kept for backward beside the block's input and its output before the last BatchNorm. "fast": the depthwise
+#: convolution's output too; "lean": nothing, at the price of one more sweep.
+MEMORY = ("fast", "lean")
+
+
+def uses_batch_statistics(norm: nn.Module | None) -> bool:
+    """Frozen norms, which are no _BatchNorm, carry a training flag too, but never use batch statistics."""
+    return norm is not None and norm.training and hasattr(norm, "track_running_stats")
+
+
+def train_block(
+    x: Tensor, layers: Sequence[ConvNorm | None], tensors: BlockTensors, eps: Eps, config: BlockConfig, memory: str
+) -> Tensor:
+    """Runs the block with batch statistics where a BatchNorm is in training mode, and updates its running statistics.
+
+    x [N, Cin, H, W]; returns [N, Cout, Ho, Wo] in x's dtype, channels_last. Raises ValueError as torch does for a
+    BatchNorm that sees one value a channel.
+    """
+    norms = [None if layer is None else layer.norm for layer in layers]
+    batch = [uses_batch_statistics(norm) for norm in norms]
+    groups = [sync_group(norm) if used else "" for norm, used in zip(norms, batch, strict=True)]
+    _check_values_per_channel(x, tensors, config, batch, groups)
+    plain = type(x) is Tensor and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+    run = TrainBlockFunction.apply if plain and torch._C._get_tracing_state() is None else torch.ops.mbv2.train_block
+    y, _, _, *statistics = run(
+        x, *without_running_statistics(tensors, batch), eps, *config, batch, groups, memory == "fast"
+    )
+    for i, norm in enumerate(norms):
+        if batch[i]:
+            empty = x.shape[0] == 0 and not groups[i]
+            _update_running_statistics(norm, tensors[6 * i + 1], None if empty else statistics[i])
+    return y
+
+
+def without_running_statistics(tensors: BlockTensors, batch: Sequence[bool]) -> BlockTensors:
+    """None for the running statistics that the step does not read: autograd would guard them against their update."""
+    kept = list(tensors)
+    for i, used in enumerate(batch):
+        if used:
+            kept[6 * i + 4 : 6 * i + 6] = None, None
+    return BlockTensors._make(kept)
+
+
+def sync_group(norm: nn.Module | None) -> str:
+    """The name of the process group over which a SyncBatchNorm shares its statistics; "" where there is none."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not dist.is_available() or not dist.is_initialized():
+        return ""
+    group: Any = norm.process_group or dist.group.WORLD
+    return group.group_name if dist.get_world_size(group) > 1 else ""
+
+
+def _check_values_per_channel(
+    x: Tensor, tensors: BlockTensors, config: BlockConfig, batch: Sequence[bool], groups: Sequence[str]
+) -> None:
+    geometry = (tensors.depthwise_weight.shape[-1], config.stride, config.padding, config.dilation)
+    before = x.shape[2:]
+    after = [reference.output_size(size, *geometry) for size in before]
+    out_channels, hidden_channels = tensors.project_weight.shape[:2]
+    layers = ((hidden_channels, before), (hidden_channels, after), (out_channels, after))
+    for used, group, (channels, (height, width)) in zip(batch, groups, layers, strict=True):
+        if used and not group and x.shape[0] * height * width == 1:
+            size = torch.Size([1, channels, 1, 1])
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+
+
+def _update_running_statistics(norm: Any, conv_bias: Tensor | None, statistics: Tensor | None) -> None:
+    """As nn.BatchNorm2d: unbiased variance, momentum, or the cumulative average where momentum is None.
+
+    `statistics` None: an empty batch, which only counts.
+    """
+    if not norm.track_running_stats:
+        return
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        if statistics is None:
+            return
+        mean, var, pixels = statistics.unbind()
+        if conv_bias is not None:
+            mean = mean + conv_bias
+        var = var * (pixels / (pixels - 1))
+        for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
+            factor = norm.momentum
+            if factor is None:
+                factor = norm.num_batches_tracked.double().reciprocal().to(running.dtype)
+            running.lerp_(new.to(running.dtype), factor)

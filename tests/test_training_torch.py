@@ -1,0 +1,273 @@
+"""Training with the rest of torch: autocast, GradScaler, torch.compile, checkpointing, torch.func, opcheck."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from blocks import EPS, GRADIENT_BOUNDS, make_block, make_config, relative_error
+from torch import Tensor, nn
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+from training_blocks import Block, fused, step
+
+import mbv2_kernels as mbv2
+from mbv2_kernels import FusedInvertedResidual, backends
+from mbv2_kernels.fold import BlockTensors
+from mbv2_kernels.training_forward import without_running_statistics
+
+ops = torch.ops.mbv2
+X = (2, 8, 12, 10)
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    mbv2.set_backend("auto")
+
+
+def train_arguments(
+    batch: tuple[bool, bool, bool] = (True, True, True),
+    keep: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **shape: Any,
+) -> tuple[Any, ...]:
+    """What `mbv2::train_block` takes, all parameters with gradients."""
+    tensors: BlockTensors = make_block(**shape, dtype=dtype, requires_grad=True)
+    config = make_config(residual=not shape.get("out_channels"))
+    x = torch.randn(X).to(dtype).requires_grad_()
+    return x, *without_running_statistics(tensors, batch), EPS, *config, list(batch), ["", "", ""], keep
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"keep": False},
+        {"batch": (False, True, False)},
+        {"expand": False, "batch": (False, True, True)},
+        {"out_channels": 12, "conv_bias": True},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_opcheck(variant: dict[str, Any]) -> None:
+    arguments = train_arguments(**variant)
+    opcheck(ops.train_block, arguments)
+    with torch.no_grad():
+        y, *saved = ops.train_block(*arguments)
+    leaves = (arguments[0], *(arguments[1 + i] for first in (0, 6, 12) for i in range(first, first + 4)))
+    needs = [t is not None for t in leaves]
+    backward = (torch.randn_like(y), *arguments, *saved, needs)
+    opcheck(ops.train_block_backward, backward, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("expand", (True, False))
+def test_opcheck_phases(expand: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each phase as a step calls it; the two that compute d themselves also without it."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def record(name: str) -> Any:
+        op = getattr(ops, name).default
+
+        def run(*args: Any) -> Any:
+            calls.append((op, args))
+            return op(*args)
+
+        return run
+
+    phases = SimpleNamespace(**{name: record(name) for name in backends.PHASES})
+    monkeypatch.setattr(backends, "_PHASE_OPS", phases)
+    arguments = train_arguments((expand, True, True), expand=expand)
+    ops.train_block(*arguments)[0].sum().backward()
+    assert {op.name().removeprefix("mbv2::") for op, _ in calls} == set(backends.PHASES[not expand :])
+    for op, args in calls:
+        opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+        if op.name() == "mbv2::train_project":
+            opcheck(op, (args[0], None, *args[2:]), test_utils=("test_schema", "test_faketensor"))
+        if isinstance(args[-1], tuple):  # needs
+            opcheck(op, (*args[:-1], (False, True)), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("batch", [(True, True, True), (False, True, False)], ids=str)
+def test_gradcheck(batch: tuple[bool, bool, bool]) -> None:
+    """In float64, through the same arithmetic between the phases."""
+    arguments = train_arguments(batch, dtype=torch.float64, in_channels=3, hidden=5, out_channels=3)
+    arguments = (torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True), *arguments[1:])
+    assert torch.autograd.gradcheck(lambda *a: ops.train_block(*a)[0], arguments, eps=1e-6, atol=1e-6)
+
+
+def test_double_backward_is_refused() -> None:
+    block = fused(Block())
+    x = torch.randn(X, requires_grad=True)
+    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="a fused block is differentiable once"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("residual", (True, False))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast(dtype: torch.dtype, residual: bool) -> None:
+    """Dtypes as unfused: the result in autocast's (float32 after a float32 residual), gradients in the parameters'."""
+    model = Block(out_channels=8 if residual else 12)
+    x = torch.randn(4, 8, 16, 14)
+    exact = step(copy.deepcopy(model).double(), x.double())
+    results = []
+    for candidate in (fused(model), copy.deepcopy(model)):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = candidate(leaf)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
+        named = {name: p.grad for name, p in candidate.named_parameters()}
+        results.append({"y": y.detach(), "x": leaf.grad, **named, **dict(candidate.named_buffers())})
+    ours, plain = results
+    for name, expected in plain.items():
+        assert ours[name].dtype == expected.dtype, name
+    for names in (["y"], ["x", *dict(model.named_parameters())]):
+        worst = max(relative_error(ours[name], exact[name]) for name in names)
+        assert worst < 2 * max(relative_error(plain[name], exact[name]) for name in names)
+
+
+def test_float16_under_a_grad_scaler() -> None:
+    model = fused(Block())
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # too large: the first steps must be skipped, not poisoned
+    before = copy.deepcopy(model.state_dict())
+    losses, scales = [], []
+    for _ in range(16):
+        optimiser.zero_grad()
+        torch.manual_seed(3)
+        x = torch.randn(X)
+        with torch.autocast("cpu", torch.float16):
+            loss = (model(x) - 1).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        losses.append(loss.item())
+        scales.append(scaler.get_scale())
+    assert scales[0] < 2.0**24 and losses[-1] < losses[0]
+    assert all(t.isfinite().all() for t in model.state_dict().values())
+    assert any(not torch.equal(t, before[name]) for name, t in model.named_parameters())
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    """Reentrant, the statistics are updated twice, as for any BatchNorm in such a region; else the recomputation stops
+    when it has the tensors it needs, and that is before their update."""
+    model = fused(Block())
+    x = torch.randn(X)
+    for reentrant in (True, False):
+        plain, again = copy.deepcopy(model), copy.deepcopy(model)
+        expected = step(plain, x)
+
+        def run(t: Tensor, again: nn.Module = again, reentrant: bool = reentrant) -> Any:
+            return checkpoint(again, t, use_reentrant=reentrant)
+
+        leaf = x.clone().requires_grad_()
+        run(leaf).backward(torch.randn(X, generator=torch.Generator().manual_seed(1)))
+        assert torch.equal(leaf.grad, expected["x"])
+        for name, parameter in again.named_parameters():
+            assert torch.equal(parameter.grad, expected[name]), name
+        assert int(again.after[0].num_batches_tracked) == 1 + reentrant
+
+
+def test_deterministic_algorithms_are_no_obstacle() -> None:
+    model = Block()
+    x = torch.randn(X)
+    torch.use_deterministic_algorithms(True)  # the fixture has it with warn_only, and restores it
+    first, second = step(fused(model), x), step(fused(model), x)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_forward_mode_and_torch_func_run_the_original() -> None:
+    model = fused(Block())
+    x = torch.randn(X)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, (parameters, buffers), (x,)).square().sum()
+
+    def buffers() -> dict[str, Tensor]:
+        return {name: b.clone() for name, b in model.named_buffers()}
+
+    grads = torch.func.grad(loss)(parameters, buffers())
+    assert "torch.func" in mbv2.summary(model)[0].reason
+    loss({name: p.detach().requires_grad_() for name, p in parameters.items()}, buffers())
+    assert mbv2.summary(model)[0].backend == "cpu"
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert relative_error(grads[name], parameter.grad.double()) < GRADIENT_BOUNDS[torch.float32] * 10, name
+
+
+def test_no_grad_in_training_mode_only_updates_the_statistics() -> None:
+    model = Block()
+    ours, plain = fused(model), copy.deepcopy(model)
+    x = torch.randn(X)
+    with torch.no_grad():
+        y = ours(x)
+        plain(x)
+    assert y.grad_fn is None
+    for (name, buffer), expected in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(buffer, expected, rtol=1e-6, atol=1e-6), name
+
+
+def test_a_run_of_blocks_trains_without_gradients_too() -> None:
+    """Without gradients neighbouring blocks run by one call, with running statistics: not in training mode."""
+    model = nn.Sequential(FusedInvertedResidual(8, 8), FusedInvertedResidual(8, 12), FusedInvertedResidual(12, 12))
+    plain = mbv2.unfuse(copy.deepcopy(model))
+    mbv2.fuse(model)
+    x = torch.randn(X)
+    with torch.no_grad():
+        for norms_in_training in (True, False):
+            for module in (*model.modules(), *plain.modules()):
+                module.training = norms_in_training
+            assert relative_error(model(x), plain(x).double()) < 2e-6
+    for (name, buffer), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(buffer, expected, rtol=1e-5, atol=1e-6), name
+
+
+def test_the_reference_backend_trains_too() -> None:
+    model = Block()
+    x = torch.randn(X)
+    expected = step(fused(model), x)
+    mbv2.set_backend("reference")
+    ours = fused(model)
+    got = step(ours, x)
+    assert mbv2.summary(ours)[0].backend == "reference"
+    for name, tensor in got.items():
+        if tensor.is_floating_point() and tensor.norm() > 0:
+            assert relative_error(tensor, expected[name].double()) < GRADIENT_BOUNDS[torch.float32], name
+
+
+def test_compiled_training_steps() -> None:
+    """fullgraph, no recompilation over steps; the running statistics move, and eval mode then sees new ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        FusedInvertedResidual(8, 8, momentum=None),
+        FusedInvertedResidual(8, 12, stride=2, memory="lean"),
+    )
+    eager, ours = copy.deepcopy(model), copy.deepcopy(model)
+    compiled = torch.compile(ours, fullgraph=True)
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        ours.eval()(x)  # folds and packs the weights as they are now
+        ours.train()
+    optimisers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (eager, ours)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            for module, optimiser in zip((eager, compiled), optimisers, strict=True):
+                optimiser.zero_grad()
+                module(x).square().mean().backward()
+                optimiser.step()
+    for (name, ours_), theirs in zip(ours.state_dict().items(), eager.state_dict().values(), strict=True):
+        assert torch.allclose(ours_, theirs, rtol=1e-4, atol=1e-6), name
+    assert {row.backend for row in mbv2.summary(ours)} == {"cpu"}
+    with torch.no_grad():
+        expected = mbv2.unfuse(copy.deepcopy(ours)).eval()(x)
+        assert relative_error(ours.eval()(x), expected.double()) < 1e-5
