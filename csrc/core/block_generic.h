@@ -196,7 +196,8 @@ static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan&
   b.ring = b.acc + plan.band_rows * a.out_width * l.out_padded;
   b.wide = b.ring + b.rings * b.ring_size;
   b.rows = ceil_div(b.wide + b.wide_rows * a.width * b.wide_pitch, 16) * 16;
-  b.offsets = b.rows + plan.group_rows * a.dims.kernel * static_cast<int64_t>(sizeof(float*) / sizeof(float));
+  constexpr int64_t kPointerBytes = sizeof(float*);
+  b.offsets = b.rows + plan.group_rows * a.dims.kernel * (kPointerBytes / 4);
   b.size = b.offsets + (b.ring_rows * a.width + 15) / 16 * 16;
   return b;
 }
