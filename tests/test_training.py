@@ -197,7 +197,7 @@ def test_a_few_optimiser_steps_in_a_small_network() -> None:
     ours, theirs, exact = (torch.tensor(row, dtype=torch.float64) for row in losses)
     assert exact[5] < 0.9 * exact[0]
     assert ((ours - exact).abs() / exact).max() < max(1e-5, 3 * ((theirs - exact).abs() / exact).max())
-    assert {row.backend for row in mbv2.summary(models[0])} == {"cpu"}
+    assert {row.backend for row in mbv2.summary(models[0]) if row.kind not in ("stem", "head")} == {"cpu"}
     for (name, ours), plain, expected in zip(
         models[0].state_dict().items(), models[1].state_dict().values(), models[2].state_dict().values(), strict=True
     ):
