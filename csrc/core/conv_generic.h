@@ -68,7 +68,8 @@ ALWAYS_INLINE bool window_tiles_of_width(int64_t width, const Rows& left, int64_
   return false;
 }
 
-// The windows that stems have: 3 x 3, stride 1 or 2, of planes or of pixels with 3 channels. False for others.
+// The windows that stems have: 3 x 3, stride 2, of planes or of pixels with 3 channels. False for others: each kind
+// here is compiled for every storage type and panel, and takes as long to compile as half a tier's block kernel.
 template <class Storage>
 static bool stem_tiles(int64_t width, const Rows& left, int64_t pixels, const float* weights, const float* bias,
                        const Output<Storage>& out) {
@@ -76,12 +77,8 @@ static bool stem_tiles(int64_t width, const Rows& left, int64_t pixels, const fl
   if (left.segments == 1) return false;
   if (left.depth == 3 && left.stride == 2)
     return window_tiles_of_width<Storage, P, 3, 2>(width, left, pixels, weights, bias, out);
-  if (left.depth == 3 && left.stride == 1)
-    return window_tiles_of_width<Storage, P, 3, 1>(width, left, pixels, weights, bias, out);
   if (left.depth == 9 && left.stride == 6)
     return window_tiles_of_width<Storage, P, 9, 6>(width, left, pixels, weights, bias, out);
-  if (left.depth == 9 && left.stride == 3)
-    return window_tiles_of_width<Storage, P, 9, 3>(width, left, pixels, weights, bias, out);
   return false;
 }
 
