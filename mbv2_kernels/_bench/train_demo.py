@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import fuse, models, summary
+from .. import FusionRow, fuse, models, summary
 from .inputs import InputError
 from .machine import machine
 from .suite import columns, write_json
@@ -101,9 +101,8 @@ def train(
         if processes > 1:
             # After DistributedDataParallel, which refuses SyncBatchNorm on CPU; and in the fused blocks alone, as
             # torch's own does not run there.
-            for row in summary(model):
-                if row.fused:
-                    nn.SyncBatchNorm.convert_sync_batchnorm(model.get_submodule(row.path))
+            for row in _blocks(model):
+                nn.SyncBatchNorm.convert_sync_batchnorm(model.get_submodule(row.path))
             fuse(model, memory=memory)
     images, labels = data.train
     steps = epochs * (len(images) // batch)
@@ -124,10 +123,15 @@ def train(
                 losses.append(_mean_over_processes(loss.detach()))
                 progress(name, len(losses), steps)
         seconds = time.perf_counter() - start
-        backends = ", ".join(sorted({row.backend or "-" for row in summary(model)})) if memory else "original modules"
+        backends = ", ".join(sorted({row.backend or "-" for row in _blocks(model)})) if memory else "original modules"
         return Run(name, losses, accuracy(model, data), seconds, backends)
     finally:
         torch.set_num_threads(before)
+
+
+def _blocks(model: nn.Module) -> list[FusionRow]:
+    """The rows of fused blocks: stem and head train in their original modules."""
+    return [row for row in summary(model) if row.fused and row.kind not in ("stem", "head")]
 
 
 def accuracy(model: nn.Module, data: Data) -> float:
