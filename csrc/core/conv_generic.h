@@ -16,9 +16,9 @@ static int64_t window_columns(const ConvArgs& a) {
 // A line of output pixels whose windows are `segments` runs of Depth floats in `left`, Step floats from one pixel to
 // the next. With both known to the compiler a tile needs one pointer for all its rows, and its loads step by constants:
 // a depth of 27 is too short to pay for less. Tiles of one height only, the last one over its neighbour's pixels.
-template <class Storage, int Panel, int Depth, int Step>
+template <int Panel, int Depth, int Step>
 NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weights, const float* bias,
-                           const Output<Storage>& out) {
+                           const Output<F32>& out) {
   constexpr int kHeight = V::kMaxRows[Panel], kWidth = Panel * V::width;
   for (int64_t pixel = 0; pixel < pixels; pixel += kHeight) {
     const int64_t first = min64(pixel, pixels - kHeight);
@@ -43,10 +43,10 @@ NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weight
       a += left.step + 2 * Depth;
       b += 3 * Depth * kWidth;
     }
-    typename Storage::Element* y = out.y + first * out.y_stride;
+    float* y = out.y + first * out.y_stride;
     if (out.channels >= kWidth) {
       UNROLL for (int i = 0; i < kHeight; ++i) UNROLL for (int j = 0; j < Panel; ++j) {
-        Storage::store(y + i * out.y_stride + j * V::width, V::clamp(acc[i][j], out.lo, out.hi));
+        V::store(y + i * out.y_stride + j * V::width, V::clamp(acc[i][j], out.lo, out.hi));
       }
     } else {
       UNROLL for (int i = 0; i < kHeight; ++i) UNROLL for (int j = 0; j < Panel; ++j)
@@ -55,30 +55,28 @@ NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weight
   }
 }
 
-template <class Storage, int Panel, int Depth, int Step>
+template <int Panel, int Depth, int Step>
 ALWAYS_INLINE bool window_tiles_of_width(int64_t width, const Rows& left, int64_t pixels, const float* weights,
-                                         const float* bias, const Output<Storage>& out) {
+                                         const float* bias, const Output<F32>& out) {
   if constexpr (Panel >= 1) {
-    if (width != Panel)
-      return window_tiles_of_width<Storage, Panel - 1, Depth, Step>(width, left, pixels, weights, bias, out);
+    if (width != Panel) return window_tiles_of_width<Panel - 1, Depth, Step>(width, left, pixels, weights, bias, out);
     if (pixels < V::kMaxRows[Panel]) return false;
-    window_tiles<Storage, Panel, Depth, Step>(left, pixels, weights, bias, out);
+    window_tiles<Panel, Depth, Step>(left, pixels, weights, bias, out);
     return true;
   }
   return false;
 }
 
 // The windows that stems have: 3 x 3, stride 2, of planes or of pixels with 3 channels. False for others: each kind
-// here is compiled for every storage type and panel, and takes as long to compile as half a tier's block kernel.
-template <class Storage>
+// here is compiled for every panel, and is long code.
 static bool stem_tiles(int64_t width, const Rows& left, int64_t pixels, const float* weights, const float* bias,
-                       const Output<Storage>& out) {
+                       const Output<F32>& out) {
   constexpr int P = V::kMaxPanel;
   if (left.segments == 1) return false;
   if (left.depth == 3 && left.stride == 2)
-    return window_tiles_of_width<Storage, P, 3, 2>(width, left, pixels, weights, bias, out);
+    return window_tiles_of_width<P, 3, 2>(width, left, pixels, weights, bias, out);
   if (left.depth == 9 && left.stride == 6)
-    return window_tiles_of_width<Storage, P, 9, 6>(width, left, pixels, weights, bias, out);
+    return window_tiles_of_width<P, 9, 6>(width, left, pixels, weights, bias, out);
   return false;
 }
 
@@ -111,11 +109,13 @@ struct ConvWork {
       out.bounded = bounds(a.activation);
       out.lo = lo;
       out.hi = hi;
-      if (stem_tiles<Storage>(width, left, rows, w, a.packed + l.b + v * V::width, out)) continue;
+      const float* bias = a.packed + l.b + v * V::width;
       if constexpr (sizeof(Element) == sizeof(float)) {
-        product(width, left, rows, w, WriteOutput{start, out});
+        if (!stem_tiles(width, left, rows, w, bias, out)) product(width, left, rows, w, WriteOutput{start, out});
       } else {
-        product(width, left, rows, w, KeepSum{start, sums});
+        const int channels = static_cast<int>(width * V::width);
+        const Output<F32> wide = {sums, channels, nullptr, 0, channels, out.bounded, lo, hi};
+        if (!stem_tiles(width, left, rows, w, bias, wide)) product(width, left, rows, w, KeepSum{start, sums});
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t j = 0; j < width; ++j)
             out.write(r, static_cast<int>(j), V::load(sums + (r * width + j) * V::width));
