@@ -12,7 +12,8 @@ its own, and these are taken by their form, not by their place:
     stem    k x k convolution of a picture (at most 4 channels)
     head    1x1 convolution, wherever it is no part of a block
 
-Only in networks with a depthwise convolution somewhere: others are not what this package is for.
+Only in networks with a depthwise convolution somewhere, others are not what this package is for; or where the model is
+one such layer and nothing else.
 """
 
 from __future__ import annotations
@@ -470,7 +471,7 @@ def _is_dense_layer(module: nn.Module) -> bool:
 
 
 def _find_layers(graph: _Graph, ignore: frozenset[int], blocks: list[nn.Module]) -> Iterator[Candidate]:
-    if not any(graph.depthwise.values()):
+    if not any(graph.depthwise.values()) and max(graph.weighted.values()) > 1:
         return
     taken = {id(module) for block in blocks for module in block.modules()} | ignore
     for module in graph.paths:

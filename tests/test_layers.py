@@ -155,6 +155,13 @@ def test_other_layers_are_no_candidates() -> None:
     assert len(mbv2.summary(mbv2.fuse(plain))) == 0
 
 
+def test_a_model_that_is_one_layer_is_fused() -> None:
+    """As benchmarks take a network apart: each layer alone must run what it runs in the network."""
+    alone = nn.Sequential(ConvNormAct(3, 8, 3)).eval()
+    rows = list(mbv2.summary(mbv2.fuse(alone)))
+    assert [(row.kind, row.fused) for row in rows] == [("stem", True)]
+
+
 def test_layers_of_refused_blocks_are_not_listed_as_heads() -> None:
     net = Net()
     net.features[1] = Flat(act=nn.Hardswish)

@@ -23,10 +23,7 @@ NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weight
   for (int64_t pixel = 0; pixel < pixels; pixel += kHeight) {
     const int64_t first = min64(pixel, pixels - kHeight);
     V::T acc[kHeight][Panel];
-    UNROLL for (int j = 0; j < Panel; ++j) {
-      const V::T start = V::load(bias + j * V::width);
-      UNROLL for (int i = 0; i < kHeight; ++i) acc[i][j] = start;
-    }
+    UNROLL for (int i = 0; i < kHeight; ++i) UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::set(0);
     const float *a = left.first + first * Step, *b = weights;
     for (int64_t segment = left.segments; segment > 0; segment -= 3) {
       UNROLL for (int k = 0; k < Depth * 3; ++k) {
@@ -42,6 +39,11 @@ NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weight
       }
       a += left.step + 2 * Depth;
       b += 3 * Depth * kWidth;
+    }
+    // Last, because every sum on the way rounds the more, the larger it is.
+    UNROLL for (int j = 0; j < Panel; ++j) {
+      const V::T b_j = V::load(bias + j * V::width);
+      UNROLL for (int i = 0; i < kHeight; ++i) acc[i][j] = V::add(acc[i][j], b_j);
     }
     float* y = out.y + first * out.y_stride;
     if (out.channels >= kWidth) {
@@ -99,7 +101,6 @@ struct ConvWork {
     for (int64_t panel = item.panel_begin; panel < item.panel_end; ++panel) {
       const int64_t v = panel * l.panel, width = min64(l.panel, vectors - v);
       const float* w = weights + v * V::width * depth;
-      const Sums start{a.packed + l.b + v * V::width, nullptr, width * V::width};
       Output<Storage> out;
       out.y = static_cast<Element*>(a.y) + pixel * a.dims.out_channels + v * V::width;
       out.y_stride = a.dims.out_channels;
@@ -111,15 +112,37 @@ struct ConvWork {
       out.hi = hi;
       const float* bias = a.packed + l.b + v * V::width;
       if constexpr (sizeof(Element) == sizeof(float)) {
-        if (!stem_tiles(width, left, rows, w, bias, out)) product(width, left, rows, w, WriteOutput{start, out});
+        if (!stem_tiles(width, left, rows, w, bias, out)) product_in_parts(width, left, rows, w, bias, sums, out);
       } else {
         const int channels = static_cast<int>(width * V::width);
         const Output<F32> wide = {sums, channels, nullptr, 0, channels, out.bounded, lo, hi};
-        if (!stem_tiles(width, left, rows, w, bias, wide)) product(width, left, rows, w, KeepSum{start, sums});
+        if (!stem_tiles(width, left, rows, w, bias, wide))
+          product(width, left, rows, w, KeepSum{{bias, nullptr, channels}, sums});
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t j = 0; j < width; ++j)
             out.write(r, static_cast<int>(j), V::load(sums + (r * width + j) * V::width));
       }
+    }
+  }
+
+  // Parts of a long depth are added as wholes, as those of a block's hidden channels are: it keeps rounding errors
+  // down.
+  static void product_in_parts(int64_t width, Rows left, int64_t rows, const float* w, const float* bias, float* sums,
+                               const Output<F32>& out) {
+    constexpr int64_t kDepth = 128;
+    const int64_t pitch = width * V::width, depth = left.depth;
+    const int64_t parts = left.segments == 1 ? ceil_div(depth, kDepth) : 1;
+    if (parts == 1) return product(width, left, rows, w, WriteOutput{{kZeros, bias, 0}, out});
+    const float* first = left.first;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = depth * part / parts, end = depth * (part + 1) / parts;
+      left.first = first + begin;
+      left.depth = end - begin;
+      const Sums start = part == 0 ? Sums{bias, nullptr, pitch} : Sums{kZeros, sums, pitch};
+      if (part + 1 < parts)
+        product(width, left, rows, w + begin * pitch, KeepSum{start, sums});
+      else
+        product(width, left, rows, w + begin * pitch, WriteOutput{start, out});
     }
   }
 
