@@ -6,6 +6,7 @@ here, at the root, because pytest reads only the conftest files above its argume
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -14,10 +15,16 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent
-# pytest puts this folder in front of sys.path. After a plain `pip install .` the package in use lies in site-packages,
-# and the sources here, which have no compiled extension, must not hide it.
-if not any((ROOT / "mbv2_kernels" / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+# After a plain `pip install .` the package in use lies in site-packages, and the sources here, which have no compiled
+# extension, must not hide it. pytest puts this folder in front of sys.path; Python does so with the current folder.
+INSTALLED = not any((ROOT / "mbv2_kernels" / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+if INSTALLED:
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if INSTALLED and not session.config.getoption("run_benchmarks"):
+        os.chdir(ROOT / "tests")  # where the processes start that tests start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -120,7 +120,9 @@ def drive(out: str) -> None:
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     skip_without_interpreter()
     out = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(SCRIPT.parent.parent)]}; "
+    code = (
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]}; sys.path.append({str(SCRIPT.parent.parent)!r}); "
+    )
     code += f"import test_gpu_script; test_gpu_script.drive({str(out)!r})"
     child = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
@@ -233,7 +235,7 @@ def test_the_gpu_tests_themselves_run() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_stand_in", "-p", "no:cacheprovider", "-k", chosen]
     folder = Path(__file__).parent
     child = subprocess.run(
-        [*command, str(folder / "test_gpu.py")], cwd=folder.parent, capture_output=True, text=True, timeout=400,
+        [*command, str(folder / "test_gpu.py")], cwd=folder, capture_output=True, text=True, timeout=400,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(folder)},
     )  # fmt: skip
     passed = re.search(r"(\d+) passed", child.stdout)
