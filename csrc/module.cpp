@@ -10,6 +10,7 @@
 
 #include "core/arch.h"
 #include "core/block.h"
+#include "core/pages.h"
 #include "core/scratch.h"
 
 namespace py = pybind11;
@@ -181,6 +182,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("counters", &counters, "Calls of the fused block by tier since the last reset.");
   m.def("reset_counters", &mbv2::reset_call_counts);
   m.def("kept_bytes", &mbv2::kept_bytes, "Bytes of working memory that this thread keeps between calls.");
+  m.def(
+      "mapped_memory",
+      [] {
+        const mbv2::MappedMemory memory = mbv2::mapped_memory();
+        return py::make_tuple(memory.mapped, memory.used);
+      },
+      "Bytes of address space behind packed weights and working memory, and bytes of it in use; of all threads.");
   m.def("fma_peak", &fma_peak, py::arg("tier"), py::arg("seconds") = 0.1,
         "GFLOP/s of one thread that does nothing but the tier's fused multiply-adds.");
   py::class_<Watch>(m, "Watch", "What the modules of a block looked like, and whether they still do.")

@@ -13,6 +13,7 @@
 #include "checks.h"
 #include "core/block.h"
 #include "core/conv.h"
+#include "core/pages.h"
 #include "core/scratch.h"
 #include "parallel.h"
 
@@ -26,7 +27,6 @@ using mbv2::check_tensor;
 using mbv2::Clamp;
 using mbv2::clamp_of;
 using mbv2::ConvDims;
-using mbv2::empty;
 using mbv2::empty_image;
 using mbv2::kInfinity;
 using mbv2::kNoClamp;
@@ -112,10 +112,17 @@ Weights checked_weights(const OptionalTensor& w_expand, const OptionalTensor& b_
           plain_bias("b_project", b_project, out)};
 }
 
+// For packed weights.
+Tensor packed_array(int64_t floats) {
+  const auto release = [](void* memory) { mbv2::release(static_cast<float*>(memory)); };
+  return torch::stable::from_blob(mbv2::allocate(static_cast<size_t>(floats)), {floats}, {1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float,
+                                  release);
+}
+
 Tensor packed_from(const Weights& weights) {
   const Tier tier = mbv2::active_tier();
-  const int64_t size = mbv2::packed_layout(weights.dims, tier).size;
-  Tensor packed = empty({size}, {1}, ScalarType::Float);
+  Tensor packed = packed_array(mbv2::packed_layout(weights.dims, tier).size);
   mbv2::pack(weights.dims, weights.raw(), tier, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
 }
@@ -272,7 +279,7 @@ Tensor pack_conv(Tensor weight, OptionalTensor bias) {
   const Tier tier = mbv2::active_tier();
   const Tensor w = plain(weight);
   const OptionalTensor b = bias ? OptionalTensor(plain(*bias)) : std::nullopt;
-  Tensor packed = empty({mbv2::conv_layout(dims, tier).size}, {1}, ScalarType::Float);
+  Tensor packed = packed_array(mbv2::conv_layout(dims, tier).size);
   mbv2::pack_conv(dims, static_cast<const float*>(w.const_data_ptr()),
                   b ? static_cast<const float*>(b->const_data_ptr()) : nullptr, tier,
                   static_cast<float*>(packed.mutable_data_ptr()));

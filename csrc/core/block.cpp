@@ -86,14 +86,17 @@ Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   const BlockDims& d = a.dims;
   const int64_t reach = (d.kernel - 1) * a.dilation + 1;
   // Measured (csrc/TUNING.md), and flat around these values.
-  constexpr int64_t kPixels = 98, kChunk = 168, kRing = 96 * 1024, kSums = 256 * 1024;
+  constexpr int64_t kPixels = 98, kChunk = 168, kWhole = 192, kRing = 136 * 1024, kSums = 256 * 1024;
   Plan p;
 
   // Rows a group: enough pixels to make full register tiles, and to use a panel of weights often once it is in L1, but
   // not so many that the rows of e they need leave no room for a chunk of fair width.
   const int64_t row_of_e = d.expand ? (a.width + 2 * a.pad_left) * 4 : 0;  // bytes a channel
   const auto rows_of_e = [&](int64_t rows) { return std::min((rows - 1) * a.stride + reach, a.height); };
-  int64_t group = clamp(kPixels / std::max<int64_t>(a.out_width, 1), 1, std::max<int64_t>(a.out_height, 1));
+  // Without expand several rows always: the depthwise pass reads what they share from L1.
+  const int64_t least = d.expand ? 1 : 4;
+  int64_t group = std::max(kPixels / std::max<int64_t>(a.out_width, 1), least);
+  group = clamp(group, 1, std::max<int64_t>(a.out_height, 1));
   while (group > 1 && rows_of_e(group) * row_of_e * 96 > kRing) --group;
   p.group_rows = ceil_divide(a.out_height, ceil_divide(a.out_height, group));
 
@@ -101,8 +104,8 @@ Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   // the rows of e that wait for the depthwise pass fall too far out of L1.
   const int64_t panel = l.vector * l.hidden_panel, panels = ceil_divide(l.hidden_padded, panel);
   const int64_t channel_of_e = rows_of_e(p.group_rows) * row_of_e;
-  const int64_t fits = channel_of_e ? std::min(kChunk, kRing / channel_of_e) : kChunk;
-  const int64_t most = std::max<int64_t>(fits / panel, 1);
+  const int64_t fits = channel_of_e ? kRing / channel_of_e : l.hidden_padded;
+  const int64_t most = std::max<int64_t>(std::min(fits, l.hidden_padded <= kWhole ? kWhole : kChunk) / panel, 1);
   p.chunk = ceil_divide(panels, ceil_divide(panels, most)) * panel;
 
   // Rows a band: all of them if the sums stay in L2, so that weights are read once.

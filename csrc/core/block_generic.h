@@ -109,22 +109,24 @@ NOINLINE void depthwise_edge(const Depthwise& d, int64_t begin, int64_t end) {
   }
 }
 
-// `count` runs a row, from column `ox` on.
+// `count` runs a row, from column `ox` on. A run goes down all rows of the group before the next begins, so that the
+// pixels that two output rows share are in L1 when the second needs them.
 template <int Kernel, int Stride, int Count>
 NOINLINE void depthwise_runs(const Depthwise& d, int64_t ox, int64_t count) {
   const int64_t pitch = d.pitch, out_pitch = d.out_pitch;
   const V::T lo = V::set(d.clamp.lo), hi = V::set(d.clamp.hi);
-  for (int64_t oy = 0; oy < d.group; ++oy) {
-    const float* rows[Kernel];
-    UNROLL for (int dy = 0; dy < Kernel; ++dy) rows[dy] = d.rows[oy * Kernel + dy];
-    float* out = d.out + (oy * d.out_width + ox) * out_pitch;
-    int64_t at = (d.first_column + ox * Stride) * pitch;
-    for (int64_t i = count; i > 0; --i, at += Count * Stride * pitch, out += Count * out_pitch)
+  float* out = d.out + ox * out_pitch;
+  int64_t at = (d.first_column + ox * Stride) * pitch;
+  for (int64_t i = count; i > 0; --i, at += Count * Stride * pitch, out += Count * out_pitch)
+    for (int64_t oy = 0; oy < d.group; ++oy) {
+      const float* rows[Kernel];
+      UNROLL for (int dy = 0; dy < Kernel; ++dy) rows[dy] = d.rows[oy * Kernel + dy];
+      float* to = out + oy * d.out_width * out_pitch;
       for (int64_t v = 0; v < d.vectors; ++v)
         depthwise_run<Kernel, Stride, Count>(rows, at + v * V::width, pitch,
                                              d.weights + v * (Kernel * Kernel * V::width), d.bias + v * V::width, lo,
-                                             hi, out + v * V::width, out_pitch);
-  }
+                                             hi, to + v * V::width, out_pitch);
+    }
 }
 
 template <int Kernel, int Stride, int Count>

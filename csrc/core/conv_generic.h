@@ -24,6 +24,8 @@ NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weight
     const int64_t first = min64(pixel, pixels - kHeight);
     V::T acc[kHeight][Panel];
     UNROLL for (int i = 0; i < kHeight; ++i) UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::set(0);
+    // The lines that the tile after next writes, ahead: stores that miss wait for each other.
+    UNROLL for (int i = 0; i < kHeight; ++i) __builtin_prefetch(out.y + (pixel + 2 * kHeight + i) * out.y_stride, 1, 3);
     const float *a = left.first + first * Step, *b = weights;
     for (int64_t segment = left.segments; segment > 0; segment -= 3) {
       UNROLL for (int k = 0; k < Depth * 3; ++k) {
@@ -139,10 +141,11 @@ struct ConvWork {
       left.first = first + begin;
       left.depth = end - begin;
       const Sums start = part == 0 ? Sums{bias, nullptr, pitch} : Sums{kZeros, sums, pitch};
+      const Fetch behind = {w + end * pitch, (end - begin) * pitch * static_cast<int64_t>(sizeof(float))};
       if (part + 1 < parts)
-        product(width, left, rows, w + begin * pitch, KeepSum{start, sums});
+        product(width, left, rows, w + begin * pitch, KeepSum{start, sums}, behind);
       else
-        product(width, left, rows, w + begin * pitch, WriteOutput{start, out});
+        product(width, left, rows, w + begin * pitch, WriteOutput{start, out}, behind);
     }
   }
 

@@ -1,9 +1,7 @@
 // A thread's working memory: grows to what the largest call needed, then stays.
 #pragma once
 
-#include <cstddef>
-#include <cstdlib>
-#include <new>
+#include "pages.h"
 
 namespace mbv2 {
 
@@ -12,14 +10,14 @@ class Arena {
   Arena() = default;
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
-  ~Arena() { std::free(data_); }
+  ~Arena() { release(data_); }
 
   float* reserve(size_t floats) {
     if (floats > size_) {
-      std::free(data_);
+      release(data_);
+      data_ = nullptr;
       size_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
-      if (!data_) throw std::bad_alloc();
+      data_ = allocate(floats);
       size_ = floats;
     }
     return data_;
