@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 
@@ -37,7 +38,7 @@ def test_arrays_never_overlap_whatever_the_order_of_release() -> None:
             kept.pop(draw.randrange(len(kept)))
     assert len(kept) > 20
     placed = ranges([a for _, a in kept])
-    assert all(end <= begin for (_, end), (begin, _) in zip(placed, placed[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(placed))
     assert all(begin % 64 == 0 for begin, _ in placed)
     assert all(holds(a, value) for value, a in kept)
     assert _C.mapped_memory()[1] - before >= sum(a.numel() * 4 for _, a in kept)
