@@ -1,54 +1,148 @@
-// Versions of csrc/core against each other: MobileNetV2's 17 blocks, each version in turn, in one process, on one
-// thread. csrc/TUNING.md has the commands and what they gave.
+// Versions of csrc/core against each other on MobileNetV2's convolutions (stem, 17 blocks, head; 224x224, fp32, AVX2),
+// network after network in turns, in one process. csrc/TUNING.md has the commands and what they gave.
 //
 //   a version:   for f in CORE/*.cpp: c++ -std=c++17 -O3 -fno-math-errno -fPIC -fvisibility=hidden -DMBV2_HAVE_AVX2
-//                -ICORE (x86_avx2.cpp: with the features that kernels.inc lists), this file with -DVERSION, all with
-//                -shared -Wl,-Bsymbolic into NAME.so
-//   to compare:  c++ -std=c++17 -O2 benchmarks/core_ab.cpp -ldl -o core_ab && ./core_ab ./BEFORE.so ./AFTER.so
-#include <cstdint>
-
-struct Shape {
-  int in, hidden, out, size, stride;
-};
-
+//                -ICORE (x86_avx2.cpp: with the features that kernels.inc lists; not x86_avx512.cpp), this file with
+//                -DVERSION -fopenmp, all with -shared -Wl,-Bsymbolic into NAME.so
+//   to compare:  c++ -std=c++17 -O2 benchmarks/core_ab.cpp -ldl -o core_ab
+//                ./core_ab BATCH THREADS SECONDS ./BEFORE.so ./AFTER.so
+//
+// A core of a shared machine runs at half its speed while a neighbor is busy on its other hardware thread. So before
+// and after each layer a few microseconds of nothing but multiply-adds are timed: a layer's share of the peak is its
+// share of the mean of these two, and times are given as they would be at the best peak seen. Medians.
 #ifdef VERSION
+#include <omp.h>
+
+#include <cstdint>
 #include <vector>
 
 #include "block.h"
+#include "conv.h"
+#if __has_include("pages.h")
+#include "pages.h"
+static float* memory_for(int64_t floats) { return mbv2::allocate(static_cast<size_t>(floats)); }
+#else  // versions before it
+#include <cstdlib>
+static float* memory_for(int64_t floats) {
+  return static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((floats * 4 + 63) / 64 * 64)));
+}
+#endif
+#define EXPORT extern "C" __attribute__((visibility("default")))
 
-extern "C" __attribute__((visibility("default"))) double peak() { return mbv2::fma_peak(mbv2::Tier::avx2, 0.002); }
+using namespace mbv2;
 
-// Runs the block once; `packed` is empty on the first call.
-extern "C" __attribute__((visibility("default"))) void run(const Shape* s, std::vector<float>* packed, const float* x,
-                                                           float* y) {
-  using namespace mbv2;
+namespace {
+
+constexpr Tier kTier = Tier::avx2;
+
+struct Layer {
+  bool is_block;
+  BlockArgs block;
+  ConvArgs conv;
+  double flop;
+};
+std::vector<Layer> layers;
+Parallel parallel;
+
+void serial(int64_t n, void* context, ParallelBody body) { body(context, 0, n); }
+
+void shared(int64_t n, void* context, ParallelBody body) {
+#pragma omp parallel num_threads(parallel.threads)
+  {
+    const int64_t of = omp_get_num_threads(), at = omp_get_thread_num();
+    if (n * at / of < n * (at + 1) / of) body(context, n * at / of, n * (at + 1) / of);
+  }
+}
+
+std::vector<float> weights(int64_t count) {
+  std::vector<float> w(static_cast<size_t>(count));
+  for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(i * 2654435761u % 1000) * 1e-4f - 0.05f;
+  return w;
+}
+
+void add_conv(int batch, int in, int out, int kernel, int stride, int size, const float* x, bool planes, float* y) {
+  ConvArgs a = {};
+  a.dims = {in, out, kernel};
+  a.batch = batch;
+  a.stride = stride;
+  a.pad_top = a.pad_left = kernel / 2;
+  a.height = a.width = size;
+  a.out_height = a.out_width = (size - 1) / stride + 1;
+  a.activation = {0, 6};
+  a.x = x;
+  a.x_stride_channel = planes ? size * size : 1;
+  a.x_stride_pixel = planes ? 1 : in;
+  a.x_stride_row = a.x_stride_pixel * size;
+  a.x_stride_image = in * size * size;
+  a.y = y;
+  float* packed = memory_for(conv_layout(a.dims, kTier).size);
+  pack_conv(a.dims, weights(out * in * kernel * kernel).data(), nullptr, kTier, packed);
+  a.packed = packed;
+  layers.push_back({false, {}, a, 2.0 * batch * a.out_height * a.out_width * out * in * kernel * kernel});
+}
+
+void add_block(int batch, int in, int expansion, int out, int stride, int size, const float* x, float* y) {
+  const int hidden = in * expansion;
+  const bool expand = expansion != 1;
   BlockArgs a = {};
-  const bool expand = s->hidden != s->in;
-  a.dims = {s->in, s->hidden, s->out, 3, expand};
-  a.batch = a.dilation = a.pad_top = a.pad_left = 1;
-  a.stride = s->stride;
-  a.height = a.width = s->size;
-  a.out_height = a.out_width = (s->size - 1) / s->stride + 1;
+  a.dims = {in, hidden, out, 3, expand};
+  a.batch = batch;
+  a.dilation = a.pad_top = a.pad_left = 1;
+  a.stride = stride;
+  a.height = a.width = size;
+  a.out_height = a.out_width = (size - 1) / stride + 1;
   a.activation = {0, 6};
   a.final_activation = {-__builtin_inff(), __builtin_inff()};
-  a.residual = s->stride == 1 && s->in == s->out;
+  a.residual = stride == 1 && in == out;
   a.x = x;
-  a.x_stride_pixel = s->in;
-  a.x_stride_row = s->in * a.width;
-  a.x_stride_image = a.x_stride_row * a.height;
+  a.x_stride_pixel = in;
+  a.x_stride_row = in * size;
+  a.x_stride_image = a.x_stride_row * size;
   a.y = y;
-  const PackedLayout layout = packed_layout(a.dims, Tier::avx2);
-  if (packed->empty()) {
-    std::vector<float> w(static_cast<size_t>(s->hidden) * (s->in + s->out + 9));
-    for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(i * 2654435761u % 1000) * 1e-4f - 0.05f;
-    packed->resize(static_cast<size_t>(layout.size) + 16);
-    const float* p = w.data();
-    const RawWeights raw = {expand ? p : nullptr, nullptr, p, nullptr, p, nullptr};
-    pack(a.dims, raw, Tier::avx2, packed->data());
-  }
-  a.packed = packed->data();
-  const auto serial = [](int64_t n, void* context, ParallelBody body) { body(context, 0, n); };
-  run_block(a, Tier::avx2, make_plan(a, layout, 1), {serial, 1});
+  float* packed = memory_for(packed_layout(a.dims, kTier).size);
+  const std::vector<float> w1 = weights(hidden * in), wd = weights(hidden * 9), w2 = weights(hidden * out);
+  pack(a.dims, {expand ? w1.data() : nullptr, nullptr, wd.data(), nullptr, w2.data(), nullptr}, kTier, packed);
+  a.packed = packed;
+  const double pixels = a.out_height * a.out_width;
+  layers.push_back({true, a, {}, 2.0 * batch * hidden * ((expand ? size * size * in : 0) + pixels * (9 + out))});
+}
+
+}  // namespace
+
+EXPORT int prepare(int batch, int threads) {
+  parallel = {threads > 1 ? shared : serial, threads};
+  float* picture = memory_for(batch * 3 * 224 * 224);
+  for (int64_t i = 0; i < batch * 3 * 224 * 224; ++i) picture[i] = static_cast<float>(i % 97) * 0.02f - 1;
+  float* buffers[2] = {memory_for(batch * 32 * 112 * 112), memory_for(batch * 32 * 112 * 112)};
+  add_conv(batch, 3, 32, 3, 2, 224, picture, true, buffers[0]);
+  const int stages[7][4] = {{1, 16, 1, 1}, {6, 24, 2, 2},  {6, 32, 3, 2}, {6, 64, 4, 2},
+                            {6, 96, 3, 1}, {6, 160, 3, 2}, {6, 320, 1, 1}};
+  int in = 32, size = 112, from = 0;
+  for (const auto& stage : stages)
+    for (int i = 0; i < stage[2]; ++i, from = 1 - from) {
+      const int stride = i ? 1 : stage[3];
+      add_block(batch, in, stage[0], stage[1], stride, size, buffers[from], buffers[1 - from]);
+      in = stage[1];
+      size = (size - 1) / stride + 1;
+    }
+  add_conv(batch, in, 1280, 1, 1, size, buffers[from], false, buffers[1 - from]);
+  return static_cast<int>(layers.size());
+}
+EXPORT double flop(int layer) { return layers[static_cast<size_t>(layer)].flop; }
+EXPORT void run(int layer) {
+  const Layer& l = layers[static_cast<size_t>(layer)];
+  if (l.is_block)
+    run_block(l.block, kTier, make_plan(l.block, packed_layout(l.block.dims, kTier), parallel.threads), parallel);
+  else
+    run_conv(l.conv, kTier, parallel);
+}
+// FLOP of a run of nothing but multiply-adds, of one thread.
+EXPORT double run_peak() {
+  constexpr int64_t kIterations = 4000;
+  const TierKernels& kernels = *tier_kernels(kTier);
+  volatile float sink = kernels.fma_chains(kIterations);
+  (void)sink;
+  return 2.0 * kFmaChains * kernels.vector * kIterations;
 }
 
 #else
@@ -56,11 +150,17 @@ extern "C" __attribute__((visibility("default"))) void run(const Shape* s, std::
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <vector>
 
-using Run = void (*)(const Shape*, std::vector<float>*, const float*, float*);
+struct Version {
+  int (*prepare)(int batch, int threads);
+  double (*flop)(int);
+  void (*run)(int);
+  double (*run_peak)();
+  std::vector<std::vector<double> > shares, times;  // of each layer, then of all; times in FLOP of the peak
+};
 
 static double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -70,73 +170,64 @@ static double median(std::vector<double> v) {
   return v[v.size() / 2];
 }
 
-int main(int count, char** names) {
-  std::vector<Shape> shapes;
-  const int table[7][4] = {{1, 16, 1, 1}, {6, 24, 2, 2},  {6, 32, 3, 2}, {6, 64, 4, 2},
-                           {6, 96, 3, 1}, {6, 160, 3, 2}, {6, 320, 1, 1}};
-  int in = 32, size = 112;
-  for (const auto& row : table)
-    for (int i = 0; i < row[2]; ++i) {
-      const int stride = i ? 1 : row[3];
-      shapes.push_back({in, in * row[0], row[1], size, stride});
-      in = row[1];
-      size = (size - 1) / stride + 1;
-    }
-  std::vector<Run> runs;
-  double (*peak)() = nullptr;
-  for (int i = 1; i < count; ++i) {
-    void* version = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
-    if (!version) return std::fprintf(stderr, "%s\n", dlerror()), 1;
-    runs.push_back(reinterpret_cast<Run>(dlsym(version, "run")));
-    peak = reinterpret_cast<double (*)()>(dlsym(version, "peak"));
+int main(int count, char** words) {
+  if (count < 5) return std::fprintf(stderr, "core_ab BATCH THREADS SECONDS ./VERSION.so...\n"), 2;
+  const int batch = std::atoi(words[1]), threads = std::atoi(words[2]);
+  std::vector<Version> versions;
+  int layers = 0;
+  for (int i = 4; i < count; ++i) {
+    void* object = dlopen(words[i], RTLD_NOW | RTLD_LOCAL);
+    if (!object) return std::fprintf(stderr, "%s\n", dlerror()), 1;
+    Version v = {reinterpret_cast<decltype(v.prepare)>(dlsym(object, "prepare")),
+                 reinterpret_cast<decltype(v.flop)>(dlsym(object, "flop")),
+                 reinterpret_cast<decltype(v.run)>(dlsym(object, "run")),
+                 reinterpret_cast<decltype(v.run_peak)>(dlsym(object, "run_peak")),
+                 {},
+                 {}};
+    layers = v.prepare(batch, threads);
+    v.shares.resize(static_cast<size_t>(layers) + 1);
+    v.times = v.shares;
+    versions.push_back(v);
   }
-  const size_t versions = runs.size(), blocks = shapes.size();
-  std::vector<std::vector<float> > packed(versions * blocks);
-  std::vector<float> buffers[2] = {std::vector<float>(1 << 21, 0.5f), std::vector<float>(1 << 21, 0.5f)};
-  std::vector<std::vector<double> > alone(versions * blocks), in_a_row(versions);
   double best_peak = 0;
-  for (int round = 0; round < 11; ++round) {
-    best_peak = std::max(best_peak, peak());
-    for (size_t b = 0; b < blocks; ++b)
-      for (size_t v = 0; v < versions; ++v) {
-        std::vector<float>& weights = packed[v * blocks + b];
-        double best = 1;
-        for (int i = 0; i < 12; ++i) {
-          const double begin = seconds();
-          runs[v](&shapes[b], &weights, buffers[0].data(), buffers[1].data());
-          best = std::min(best, seconds() - begin);
-        }
-        alone[v * blocks + b].push_back(best);
-      }
-    for (size_t v = 0; v < versions; ++v) {
-      double best = 1;
-      for (int i = 0; i < 5; ++i) {
+  const double end = seconds() + std::atof(words[3]);
+  while (seconds() < end) {
+    for (Version& v : versions) {
+      for (int i = 0; i < layers; ++i) v.run(i);  // another version's weights are in the caches
+      double ideal = 0, all = 0;
+      const auto peak_now = [&] {
+        const double begin = seconds(), flop = v.run_peak();
+        return flop / (seconds() - begin);
+      };
+      double before = peak_now();
+      for (int i = 0; i < layers; ++i) {
         const double begin = seconds();
-        for (size_t b = 0; b < blocks; ++b)
-          runs[v](&shapes[b], &packed[v * blocks + b], buffers[b % 2].data(), buffers[1 - b % 2].data());
-        best = std::min(best, seconds() - begin);
+        v.run(i);
+        const double taken = seconds() - begin, after = peak_now(), peak = (before + after) / 2;
+        v.times[static_cast<size_t>(i)].push_back(taken * peak);
+        v.shares[static_cast<size_t>(i)].push_back(v.flop(i) / (taken * peak * threads));
+        ideal += v.flop(i);
+        all += taken * peak;
+        before = after;
+        best_peak = std::max(best_peak, after);
       }
-      in_a_row[v].push_back(best);
+      v.times.back().push_back(all);
+      v.shares.back().push_back(ideal / (all * threads));
     }
   }
-  std::printf("FMA peak %.1f GFLOP/s; percent of it, and times as fast as %s\n", best_peak, names[1]);
-  double all = 0;
-  for (size_t b = 0; b < blocks; ++b) {
-    const Shape& s = shapes[b];
-    const double pixels = std::pow((s.size - 1) / s.stride + 1, 2),
-                 before = s.hidden != s.in ? s.size * s.size * s.in : 0;
-    const double flop = 2.0 * s.hidden * (before + pixels * (9 + s.out));
-    all += flop;
-    std::printf("%2zu %3d > %3d > %3d @%d/%d", b + 1, s.in, s.hidden, s.out, s.size, s.stride);
-    for (size_t v = 0; v < versions; ++v)
-      std::printf("  %3.0f %% x%.2f", flop / median(alone[v * blocks + b]) / best_peak * 1e-7,
-                  median(alone[b]) / median(alone[v * blocks + b]));
+  std::printf("FMA peak %.1f GFLOP/s a thread; a layer's microseconds at it, percent of it, times as fast as %s\n",
+              best_peak * 1e-9, words[4]);
+  for (size_t i = 0; i <= static_cast<size_t>(layers); ++i) {
+    if (i == 0)
+      std::printf("stem    ");
+    else if (i + 1 < static_cast<size_t>(layers))
+      std::printf("block %2zu", i);
+    else
+      std::printf(i + 1 == static_cast<size_t>(layers) ? "head    " : "all     ");
+    for (const Version& v : versions)
+      std::printf("  %8.1f us %3.0f %% x%.2f", median(v.times[i]) / best_peak * 1e6, 100 * median(v.shares[i]),
+                  median(versions[0].times[i]) / median(v.times[i]));
     std::printf("\n");
   }
-  std::printf("in a row");
-  for (size_t v = 0; v < versions; ++v)
-    std::printf("  %3.0f %% x%.2f", all / median(in_a_row[v]) / best_peak * 1e-7,
-                median(in_a_row[0]) / median(in_a_row[v]));
-  std::printf("\n");
 }
 #endif
