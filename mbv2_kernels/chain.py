@@ -5,12 +5,15 @@ head a good part of what a fast CPU needs for the whole network. So `fuse` gives
 next to each other a forward of its own, which asks each child whether it would run fused now and runs those that say
 yes, in their runs, by one op (`mbv2::chain_packed`); what lies between them stays in two small buffers. The others are
 called as ever: those with hooks, in training, without a kernel. Slices, copies and single calls of the children know
-nothing of it.
+nothing of it. Sequentials among the children are looked into: a network in stages is one run.
+
+The answers are kept as a `_Plan` until one could be another: asking costs more than some blocks take.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +22,11 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import _C
 from .backends import KERNEL_DTYPES, get_backend
-from .fused_forward import FusedForward
+from .composition import METHOD
+from .fold import memo
+from .fused_forward import FusedForward, FusedPair, Look, watch
 
 _RUN = torch.ops.mbv2.chain_packed.default
 
@@ -30,6 +36,10 @@ class FusedChain:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self._plan: _Plan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_plan": None}  # of the modules of one process; made anew when needed
 
     @property
     def __code__(self) -> Any:
@@ -38,45 +48,204 @@ class FusedChain:
 
     def __call__(self, x: Any) -> Any:
         if torch.compiler.is_compiling() or not _runs_chains(x):
-            return type(self.block).forward(self.block, x)
-        packed: list[Tensor] = []
-        steps: list[int] = []
-        channels = x.shape[1]
-        for child in self.block._modules.values():
-            assert child is not None
-            forward = child.__dict__.get("forward")
-            step = None
-            if isinstance(forward, FusedForward) and forward.in_channels == channels and _calls_forward_only(child):
-                step = forward.step(x.dtype)
-            if step is not None:
-                packed.append(step[0])
-                steps += step[1]
-                channels = step[1][2]
-                continue
-            if packed:
-                x = _RUN(x, packed, steps)
-                packed, steps = [], []
+            return self.one_by_one(x)
+        plan = self._plan
+        if plan is None or not plan.holds(x.dtype):
+            plan = self._plan = None
+            if not self.is_overridden():
+                plan = self._plan_anew(x.dtype)
+        return self.one_by_one(x) if plan is None else plan.run(x)
+
+    def one_by_one(self, x: Any) -> Any:
+        """As without chains."""
+        return type(self.block).forward(self.block, x)
+
+    def children(self) -> Iterable[nn.Module | None]:
+        """What is called, in this order."""
+        return self.block._modules.values()
+
+    def is_overridden(self) -> bool:
+        """Whether something other than calling `children` is to be done now."""
+        return False
+
+    def look(self) -> Look:
+        """What `children` and `is_overridden` depend on."""
+        return Look(self.block, children=tuple(self.block._modules.items()))
+
+    def _plan_anew(self, dtype: torch.dtype) -> _Plan:
+        """Asks every child, and keeps the answers if all that are fused said yes."""
+        plan = _Plan(self, dtype)
+        if plan.complete:
+            plan = _Plan(self, dtype, watched=plan)
+            if plan.complete:
+                self._plan = plan
+        return plan
+
+
+class FusedFeatures(FusedChain):
+    """Stands in for a `forward_features` that calls submodules in a row, some of them as `FusedPair`s."""
+
+    def __init__(self, pairs: Sequence[FusedPair]) -> None:
+        self.composition = pairs[0].composition
+        super().__init__(self.composition.owner)
+        self.pairs = {next(iter(pair.block._modules)): pair for pair in pairs}
+
+    def one_by_one(self, x: Any) -> Any:
+        if self.is_overridden():
+            return getattr(type(self.block), METHOD)(self.block, x)
+        for child in self.children():
             x = child(x)
-            channels = x.shape[1] if _runs_chains(x) else -1  # what is no image fits no block
-        return _RUN(x, packed, steps) if packed else x
+        return x
+
+    def children(self) -> Iterator[nn.Module]:
+        steps = iter(self.composition.steps)
+        for name, module in steps:
+            if name in self.pairs:
+                next(steps)  # the norm
+                yield self.pairs[name].block
+            else:
+                yield module
+
+    def is_overridden(self) -> bool:
+        reason = self.composition.overridden()
+        if reason is not None and not torch.compiler.is_compiling():
+            for pair in self.pairs.values():
+                pair.note_refusal(reason)
+        return reason is not None
+
+    def look(self) -> Look:
+        flag = self.composition.flag
+        return super().look()._replace(settings=() if flag is None else ((flag, False),))
+
+
+class _Plan:
+    """What a chain does with images of one dtype.
+
+    complete: every child that is fused would run fused. watched: an earlier plan of the same chain, which says what to
+    watch; the watch begins before the children are asked, so that what changes meanwhile is noticed.
+    """
+
+    def __init__(self, chain: FusedChain, dtype: torch.dtype, watched: _Plan | None = None) -> None:
+        self.dtype = dtype
+        self.complete = True
+        self._tier = _C.active_tier()
+        self._epoch = memo.epoch
+        self._unchanged: Callable[[], bool] | None = None
+        if watched is not None:
+            try:
+                self._unchanged = watch(watched._looks(chain))
+            except RuntimeError:  # tensors made in inference mode have no version
+                self.complete = False
+        self._links: list[nn.Module | _Run] = []
+        self._containers: list[nn.Module] = []
+        for child in _flattened(chain.children(), self._containers):
+            self._add(child)
+
+    def _add(self, child: nn.Module) -> None:
+        forward = child.__dict__.get("forward")
+        if not isinstance(forward, FusedForward):
+            self._links.append(child)
+            if _is_sequential(child) and child._modules:  # one with hooks, for now
+                self.complete = False
+            return
+        step = forward.step(self.dtype) if _calls_forward_only(child) else None
+        if step is None:
+            self._links.append(child)
+            self.complete = False
+            return
+        last = self._links[-1] if self._links else None
+        if not isinstance(last, _Run) or last.out_channels != forward.in_channels:
+            last = _Run()
+            self._links.append(last)
+        last.add(child, forward, *step)
+
+    def _looks(self, chain: FusedChain) -> Iterator[Look]:
+        yield chain.look()
+        for container in self._containers:
+            yield Look(container, True, vars(container).get("forward"), tuple(container._modules.items()))
+        for link in self._links:
+            if isinstance(link, _Run):
+                for child, forward in zip(link.children, link.forwards, strict=True):
+                    yield Look(child, True, forward)
+                    yield from forward.step_looks()
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether all that was asked would be answered the same again."""
+        assert self._unchanged is not None
+        return (
+            self.dtype is dtype and self._epoch is memo.epoch and self._tier == _C.active_tier() and self._unchanged()
+        )
+
+    def run(self, x: Any) -> Any:
+        """`chain.block` on x."""
+        for link in self._links:
+            if not isinstance(link, _Run) or link.takes(x, self.dtype):
+                x = link(x)
+            else:
+                for child in link.children:
+                    x = child(x)
+        return x
+
+
+class _Run:
+    """Fused children next to each other, as one call of the op."""
+
+    def __init__(self) -> None:
+        self.children: list[nn.Module] = []
+        self.forwards: list[FusedForward] = []
+        self.packed: list[Tensor] = []
+        self.steps: list[int] = []
+        self.out_channels = 0
+
+    def add(self, child: nn.Module, forward: FusedForward, packed: Tensor, numbers: list[int]) -> None:
+        self.children.append(child)
+        self.forwards.append(forward)
+        self.packed.append(packed)
+        self.steps += numbers
+        self.out_channels = numbers[2]
+
+    def takes(self, x: Any, dtype: torch.dtype) -> bool:
+        return _is_image(x) and x.dtype is dtype and x.shape[1] == self.forwards[0].in_channels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for forward in self.forwards:
+            forward.last_reason = None
+        return _RUN(x, self.packed, self.steps)
 
 
 def has_chain(module: nn.Module) -> bool:
-    """A plain Sequential with at least two fused children next to each other."""
-    if type(module).forward is not nn.Sequential.forward or "forward" in vars(module):
+    """A plain Sequential that calls at least two fused modules one after the other."""
+    if not _is_sequential(module) or "forward" in vars(module):
         return False
-    fused = [m is not None and isinstance(vars(m).get("forward"), FusedForward) for m in module._modules.values()]
+    fused = [isinstance(vars(m).get("forward"), FusedForward) for m in _flattened(module._modules.values(), [])]
     return any(a and b for a, b in itertools.pairwise(fused))
+
+
+def _flattened(children: Iterable[nn.Module | None], containers: list[nn.Module]) -> Iterator[nn.Module]:
+    """`children`, and in place of the Sequentials among them what those call; these are added to `containers`."""
+    for child in children:
+        assert child is not None
+        if _is_sequential(child) and child._modules and _calls_forward_only(child):
+            containers.append(child)
+            yield from _flattened(child._modules.values(), containers)
+        else:
+            yield child
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    """One that calls its children in their order and does nothing else."""
+    return type(module).forward is nn.Sequential.forward and isinstance(vars(module).get("forward"), FusedChain | None)
+
+
+def _is_image(x: Any) -> bool:
+    return type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.layout is torch.strided
 
 
 def _runs_chains(x: Any) -> bool:
     """Whether x is what the op can take, and nothing is going on that wants to see every block's call."""
     return (
-        type(x) is Tensor
-        and x.is_cpu
+        _is_image(x)
         and x.dtype in KERNEL_DTYPES
-        and x.dim() == 4
-        and x.layout is torch.strided
         and not torch.is_grad_enabled()
         and get_backend() in ("auto", "cpu")
         and not torch.is_autocast_enabled("cpu")

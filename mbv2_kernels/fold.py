@@ -247,9 +247,13 @@ class Memo:
     memory that has been alive since, and whose version counters are compared.
 
     Lookups take no lock (dict operations are atomic); building does, so that threads share one packing.
+
+    epoch: a new object whenever a record is dropped or something else than before ran a block. While it is the same
+    and the tensors are unchanged, all that was got here would be the same again, and `last_run` is.
     """
 
     def __init__(self) -> None:
+        self.epoch = object()
         self._records: dict[tuple[int, ...], _Record] = {}
         self._captured: dict[tuple[int, ...], tuple[_Watch, list[Any]]] = {}
         self._lock = threading.RLock()  # a torch dispatch mode may run a block while one is built
@@ -267,7 +271,7 @@ class Memo:
             try:
                 if record.stamp == _stamp(present, tensors, eps):
                     value = record.values[run]
-                    record.last_run = run
+                    self._ran(record, run)
                     return value
             except (KeyError, RuntimeError):  # not built for this run yet; inference tensors have no version
                 pass
@@ -280,7 +284,7 @@ class Memo:
         record = self._records.get(key)
         if record is None:
             record = self._records[key] = _Record(None, self._watch(key, present, self._records))
-        record.last_run = run
+        self._ran(record, run)
 
     def keep(self, tensors: Tensors, value: Any) -> None:
         """Keeps `value` as long as the tensors' memory lives, even if they change: a graph being captured reads it.
@@ -307,10 +311,17 @@ class Memo:
     def forget(self, tensors: Tensors) -> None:
         """Drops what is kept for these tensors: call it when they change in a way no version counter shows."""
         self._records.pop(_key(tensors), None)
+        self.epoch = object()
 
     def clear(self) -> None:
         """Drops everything but what CUDA graphs use."""
         self._records.clear()
+        self.epoch = object()
+
+    def _ran(self, record: _Record, run: Run) -> None:
+        if record.last_run != run:
+            record.last_run = run
+            self.epoch = object()
 
     def _miss(
         self,
@@ -339,7 +350,7 @@ class Memo:
             else:
                 value = _build_outside_graphs(tensors, eps, build)
             record.values[run] = value
-            record.last_run = run
+            self._ran(record, run)
             self._records[key] = record
             return value
 
@@ -354,8 +365,7 @@ class Memo:
         self.note(tensors, run)
         return _build(tensors, eps, build)
 
-    @staticmethod
-    def _watch(key: tuple[int, ...], present: list[Tensor], records: dict[tuple[int, ...], Any]) -> _Watch:
+    def _watch(self, key: tuple[int, ...], present: list[Tensor], records: dict[tuple[int, ...], Any]) -> _Watch:
         """Weak references to the storages, that remove what `records` has under `key` when one of them dies.
 
         Whatever record stands there then is made from memory that is gone. torch keeps a storage's Python object as
@@ -364,6 +374,7 @@ class Memo:
 
         def remove(_: object) -> None:
             records.pop(key, None)
+            self.epoch = object()
 
         return [weakref.ref(t.untyped_storage(), remove) for t in present]
 

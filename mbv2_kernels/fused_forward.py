@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,6 +31,34 @@ NO_FIT = "input does not fit the block"  # the original modules say so in their 
 TRAINING = "training: original modules"  # how every reason of that kind begins
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
+
+
+class Look(NamedTuple):
+    """What a module looks like, as `_C.Watch` takes it (csrc/watch.h)."""
+
+    module: nn.Module
+    plain: bool = False  # no hooks, and on the instance this forward or none
+    forward: object = None
+    children: tuple[tuple[str, nn.Module | None], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+    present: tuple[str, ...] = ()  # buffers
+    tensors: tuple[tuple[str, str], ...] = ()  # "_parameters" or "_buffers", name
+
+
+def watch(looks: Iterable[Look]) -> Callable[[], bool]:
+    """A function that tells in a fraction of the time whether all still looks as now; False may be a false alarm.
+
+    Raises RuntimeError for tensors that cannot be watched: made in inference mode, or in a torch whose tensors lack
+    DLPack's interface for C.
+    """
+    merged: dict[nn.Module, Look] = {}
+    for look in looks:
+        seen = merged.get(look.module)
+        if seen is not None:
+            forward, children = look.forward or seen.forward, look.children or seen.children
+            look = Look(look.module, look.plain or seen.plain, forward, children, *map(add, seen[4:], look[4:]))
+        merged[look.module] = look
+    return _C.Watch(merged.values()).unchanged
 
 
 class FusedForward:
@@ -87,27 +116,39 @@ class FusedForward:
         if reason is None:
             return self._run(x, tensors) if tracing else self._run_eagerly(x, tensors)
         if not tracing:
-            self._note_refusal(reason)
+            self.note_refusal(reason)
         return type(self.block).forward(self.block, x, *args, **kwargs)
 
     def _looks_changed(self) -> bool:
         """False: nothing stands against the kernel, as in eval mode when nothing was touched. True: look closer."""
         if self._unchanged is None:
-            self._unchanged = _C.Watch(self._expectations()).unchanged
+            self._unchanged = watch(self._looks())
         return not self._unchanged() or _has_any_global_hook()
 
-    def _expectations(self) -> Iterator[tuple[Any, ...]]:
-        """What `refusal` asks for, as `_C.Watch` takes it; stricter only where that costs a closer look."""
+    def _looks(self) -> Iterator[Look]:
+        """What `refusal` asks for; stricter only where that costs a closer look."""
         evaluating = (("training", False),)
         for module, children, settings in self.watched:
-            yield module, module is not self.block, children, settings, ()
+            yield Look(module, module is not self.block, None, children, settings)
         for norm in self.norms:
             batch_statistics = hasattr(norm, "track_running_stats")
-            yield norm, False, (), evaluating if batch_statistics else (), ("running_mean", "running_var")
+            settings = evaluating if batch_statistics else ()
+            yield Look(norm, settings=settings, present=("running_mean", "running_var"))
         for drop in self.drops:
-            yield drop, False, (), evaluating, ()
+            yield Look(drop, settings=evaluating)
         if self.eval_only:
-            yield self.block, False, (), evaluating, ()
+            yield Look(self.block, settings=evaluating)
+
+    def step_looks(self) -> Iterator[Look]:
+        """All that `step` depends on, apart from dtype, tier and the memo."""
+        yield from self._looks()
+        for layer in self.layers:
+            if layer is None:
+                continue
+            yield Look(layer.conv, tensors=_places(layer.conv, ("weight", "bias")))
+            if layer.norm is not None:
+                names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+                yield Look(layer.norm, settings=(("eps", layer.norm.eps),), tensors=_places(layer.norm, names))
 
     def refusal(self) -> str | None:
         """Why the original modules would run now, whatever the input; None if nothing stands against the kernel."""
@@ -255,7 +296,8 @@ class FusedForward:
         tensors = self.tensors()
         return memo.last_run(tensors) or memo.last_run(self._training_tensors(tensors)) or self.last_run
 
-    def _note_refusal(self, reason: str) -> None:
+    def note_refusal(self, reason: str) -> None:
+        """Remembers why the original modules run, and warns, once for each reason."""
         self.last_reason = reason
         if reason.startswith(TRAINING):
             if not self._has_parametrized_weights() and not is_transformed():
@@ -298,6 +340,21 @@ class FusedLayer(FusedForward):
         return [1, 0, out_channels, kernel_size, 0, stride, padding, 1, ACTIVATIONS.index(activation), 0, 0]
 
 
+class FusedPair(FusedLayer):
+    """The same for a convolution and a norm that a network's own method calls one after the other.
+
+    It belongs to a Sequential of the two, which is no part of the network and is called in their place.
+    """
+
+    def __init__(self, structure: LayerStructure, path: str = "") -> None:
+        super().__init__(structure, path)
+        assert structure.composition is not None
+        self.composition = structure.composition
+
+    def refusal(self) -> str | None:
+        return self.composition.overridden() or super().refusal()
+
+
 def _layer_tensors(layer: ConvNorm | None) -> tuple[Tensor | None, ...]:
     """Six of the block's tensors, past nn.Module's slow attribute lookup where they are ordinary parameters."""
     if layer is None:
@@ -312,6 +369,12 @@ def _layer_tensors(layer: ConvNorm | None) -> tuple[Tensor | None, ...]:
     gamma = own["weight"] if "weight" in own else norm.weight  # noqa: SIM401
     beta = own["bias"] if "bias" in own else norm.bias  # noqa: SIM401
     return weight, bias, gamma, beta, statistics["running_mean"], statistics["running_var"]  # type: ignore[return-value]
+
+
+def _places(module: nn.Module, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Where a module keeps its tensors of these names, as `Look.tensors`."""
+    stores = ("_parameters", "_buffers")
+    return tuple((store, name) for name in names for store in stores if name in getattr(module, store))
 
 
 def _eps(layer: ConvNorm | None) -> float:

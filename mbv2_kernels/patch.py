@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from .chain import FusedChain, has_chain
+from .chain import FusedChain, FusedFeatures, has_chain
+from .composition import METHOD
 from .fold import memo
-from .fused_forward import TRAINING, FusedForward, FusedLayer
+from .fused_forward import TRAINING, FusedForward, FusedLayer, FusedPair
 from .recognise import LAYER_KINDS, Candidate, LayerStructure, candidates
 from .training_forward import MEMORY
 
@@ -76,7 +78,8 @@ def fuse(
     """Makes every block of `model` that the fused kernel computes exactly run fused, in place; returns `model`.
 
     So do the stem and the head, dense convolutions with BatchNorm and activation in a module of their own (on CPUs).
-    An `nn.Sequential` with several of them next to each other runs them by one call (see `chain`).
+    An `nn.Sequential` with several of them next to each other runs them by one call (see `chain`), and so does a
+    network whose `forward_features` only calls its submodules in a row (timm).
 
     Found by structure (see `recognise`) and confirmed by running each block once on small inputs. Class, path,
     submodules, parameters, `state_dict`, hooks of the block stay; `unfuse` undoes it. The original modules run whenever
@@ -104,14 +107,22 @@ def fuse(
         _check_all_fusable(chosen)
     if filter_fn is None:
         unfuse(model)
-    for candidate in chosen:  # chains look anew at what is fused in every call
+    again = {candidate.module for candidate in chosen}
+    pairs = [pair for pair in _pairs(model) if pair.layer.conv not in again]
+    for candidate in chosen:
         _unfuse_one(candidate.module)
-        if candidate.structure is not None:
-            candidate.module.forward = _forward_of(candidate, memory)
+        if candidate.structure is None:
+            continue
+        forward = _forward_of(candidate, memory)
+        forward.block.forward = forward
+        if isinstance(forward, FusedPair):
+            pairs.append(forward)
     for module in model.modules():
+        if own := [pair for pair in pairs if pair.composition.owner is module]:
+            setattr(module, METHOD, FusedFeatures(own))
         if has_chain(module):
             module.forward = FusedChain(module)
-    memo.clear()
+    memo.clear()  # which makes chains look anew, too
     return model
 
 
@@ -127,14 +138,33 @@ def summary(model: nn.Module) -> FusionReport:
     """What `fuse` did to each block, stem and head of `model`, what last ran it, and why the others were refused."""
     _check_module("summary", model)
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
-    fused = {path: f for path, m in model.named_modules() if (f := _fused_forward(m)) is not None}
-    convs = [layer.conv for f in fused.values() for layer in f.layers if layer is not None]
-    rows = [_fused_row(path, forward) for path, forward in fused.items()]
+    pairs: dict[nn.Module, FusedPair] = {pair.layer.conv: pair for pair in _pairs(model)}
+    fused = {path: (m, f) for path, m in model.named_modules() if (f := pairs.get(m) or _fused_forward(m)) is not None}
+    convs = [layer.conv for _, f in fused.values() for layer in f.layers if layer is not None]
+    rows = [_fused_row(path, module, forward) for path, (module, forward) in fused.items()]
     rows += [_unfused_row(c) for c in candidates(model, ignore=convs)]
     return FusionReport(tuple(sorted(rows, key=lambda row: order[row.path])))
 
 
-def _fused_row(path: str, forward: FusedForward) -> FusionRow:
+def fused_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """What runs fused in `model`, by the paths that `summary` shows.
+
+    A convolution and a norm that their network calls in a row are a Sequential, which is no part of `model`.
+    """
+    pairs: dict[nn.Module, nn.Module] = {pair.layer.conv: pair.block for pair in _pairs(model)}
+    modules = {row.path: model.get_submodule(row.path) for row in summary(model) if row.fused}
+    return {path: pairs.get(module, module) for path, module in modules.items()}
+
+
+def unfused_part(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    """What stands in `model`, an unfused twin, for `part` of a fused model at `path` (see `fused_parts`)."""
+    if not isinstance(_fused_forward(part), FusedPair):
+        return model.get_submodule(path)
+    owner = model.get_submodule(path.rpartition(".")[0])
+    return nn.Sequential(OrderedDict((name, owner.get_submodule(name)) for name in part._modules))
+
+
+def _fused_row(path: str, module: nn.Module, forward: FusedForward) -> FusionRow:
     refusal = forward.refusal()
     fused = refusal is None or refusal.startswith(TRAINING)
     reason = refusal or forward.last_reason or ""
@@ -144,7 +174,7 @@ def _fused_row(path: str, forward: FusedForward) -> FusionRow:
         backend = ORIGINAL
     elif run := forward.what_ran():
         backend, tier = run
-    return FusionRow(path, type(forward.block).__name__, forward.kind, fused, reason, backend, tier)
+    return FusionRow(path, type(module).__name__, forward.kind, fused, reason, backend, tier)
 
 
 def _unfused_row(candidate: Candidate) -> FusionRow:
@@ -169,7 +199,7 @@ def _forward_of(candidate: Candidate, memory: str) -> FusedForward:
     structure = candidate.structure
     assert structure is not None
     if isinstance(structure, LayerStructure):
-        return FusedLayer(structure, candidate.path)
+        return (FusedLayer if structure.composition is None else FusedPair)(structure, candidate.path)
     return FusedForward(structure, candidate.path, memory)
 
 
@@ -178,9 +208,15 @@ def _fused_forward(module: nn.Module) -> FusedForward | None:
     return forward if isinstance(forward, FusedForward) else None
 
 
+def _pairs(model: nn.Module) -> list[FusedPair]:
+    features = (vars(module).get(METHOD) for module in model.modules())
+    return [pair for f in features if isinstance(f, FusedFeatures) for pair in f.pairs.values()]
+
+
 def _unfuse_one(module: nn.Module) -> None:
-    if isinstance(vars(module).get("forward"), FusedForward | FusedChain):
-        del module.forward
+    for name in ("forward", METHOD):
+        if isinstance(vars(module).get(name), FusedForward | FusedChain):
+            delattr(module, name)
 
 
 def _check_module(function: str, model: object) -> None:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import reference
 from .backends import BlockConfig, LayerConfig
 from .chain import FusedChain
+from .composition import Refused
 from .fold import BlockTensors, Layer
 from .fused_forward import FusedForward
 
@@ -57,10 +58,6 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padd
         seen = x[:, :, i * dilation[0] :: stride[0], j * dilation[1] :: stride[1]][:, :, :rows, :columns]
         y = y + seen * weight[:, 0, i, j, None, None]
     return y
-
-
-class Refused(Exception):
-    """A module is not what the fused kernel computes; the text is the reason that a user reads."""
 
 
 def is_plain_forward(module: nn.Module) -> bool:
@@ -255,10 +252,8 @@ def _copy(module: nn.Module, twins: dict[int, Any]) -> Any:
     if id(module) in twins:
         return twins[id(module)]
     twin = twins[id(module)] = object.__new__(type(module))
-    state = dict(vars(module))
+    state = {name: v for name, v in vars(module).items() if not isinstance(v, FusedForward | FusedChain)}
     state.pop("_compiled_call_impl", None)
-    if is_plain_forward(module):
-        state.pop("forward", None)
     state.update({name: OrderedDict() for name in _HOOKS})
     vars(twin).update(state)
     for store in ("_parameters", "_buffers"):

@@ -13,13 +13,15 @@ its own, and these are taken by their form, not by their place:
     head    1x1 convolution, wherever it is no part of a block
 
 Only in networks with a depthwise convolution somewhere, others are not what this package is for; or where the model is
-one such layer and nothing else.
+one such layer and nothing else. Where convolution and norm are attributes of the network itself, the network's own
+method may say that it calls one after the other (`composition`).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
@@ -28,8 +30,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import probe
+from .chain import FusedFeatures
+from .composition import METHOD, Composition, Refused
+from .composition import read as read_composition
 from .functional import BlockConfig, LayerConfig
-from .probe import Refused
 
 KERNEL_SIZES = (3, 5, 7)  # what networks use; larger ones (ConvNeXt) are other blocks with other norms
 STRIDES = (1, 2)
@@ -77,7 +81,7 @@ class BlockStructure:
 
 @dataclass(frozen=True)
 class LayerStructure:
-    """A dense convolution with its norm and activation, alone in a module: stem or head."""
+    """A dense convolution with its norm and activation, alone in a module or called in a row: stem or head."""
 
     block: nn.Module
     layer: ConvNorm
@@ -85,6 +89,7 @@ class LayerStructure:
     config: LayerConfig
     eval_only: bool = False
     untrainable: str = "batch statistics"
+    composition: Composition | None = None  # what calls the two: `block` is then a Sequential of our own
 
     @property
     def layers(self) -> tuple[ConvNorm]:
@@ -506,6 +511,12 @@ def _layer_around(graph: _Graph, conv: nn.Conv2d) -> Candidate | None:
             return Candidate(graph.paths[module], module, kind, None, reason)
     if own or not ancestors:
         return None
+    try:
+        structure = _read_pair(ancestors[0], conv)
+    except Refused as refused:
+        return Candidate(graph.paths[conv], conv, kind, None, str(refused))
+    if structure is not None:
+        return Candidate(graph.paths[conv], conv, kind, structure, "")
     after = list(ancestors[0].modules())
     after = after[after.index(conv) + 1 :]
     if not after or not _is_norm(after[0]):
@@ -516,6 +527,20 @@ def _layer_around(graph: _Graph, conv: nn.Conv2d) -> Candidate | None:
     others = f"{graph.weighted[ancestors[0]] - 1} other layers"
     reason = f"no module of its own to swap: {where} holds the convolution and its norm together with {others}"
     return Candidate(graph.paths[conv], conv, kind, None, reason)
+
+
+def _read_pair(owner: nn.Module, conv: nn.Conv2d) -> LayerStructure | None:
+    """A convolution and the norm that `owner` calls next, None if it calls another; raises Refused as `_read_layer`."""
+    if conv not in owner._modules.values() or (composition := read_composition(owner)) is None:
+        return None
+    called = [module for _, module in composition.steps]
+    at = called.index(conv) if called.count(conv) == 1 else len(called)
+    if at + 1 >= len(called) or not _is_norm(called[at + 1]) or called.count(called[at + 1]) > 1:
+        return None
+    if not isinstance(vars(owner).get(METHOD), FusedFeatures | None):
+        raise Refused(f"{METHOD} of {type(owner).__name__} was replaced on the instance by other code")
+    pair = nn.Sequential(OrderedDict(composition.steps[at : at + 2]))
+    return replace(probe.confirm(_read_layer(pair, conv)), composition=composition)
 
 
 def _read_layer(module: nn.Module, conv: nn.Conv2d) -> LayerStructure:

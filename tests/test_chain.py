@@ -165,6 +165,87 @@ def test_compile_has_one_op_for_each_child(net: nn.Module) -> None:
     assert sum("mbv2" in str(node.target) for node in program.graph.nodes) == 5
 
 
+def test_stages_are_one_call_too(net: nn.Module) -> None:
+    """Sequentials of Sequentials, as networks in stages are; hooks on a stage fire, and each stage is a chain alone."""
+    net = mbv2.fuse(nn.Sequential(net[0], nn.Sequential(net[1:3], net[3]), nn.Sequential(), net[4]))
+    assert calls(net) == ["chain_packed", "chain_packed"]  # an empty Sequential could get children
+    del net[2]
+    assert calls(net) == ["chain_packed"]
+    fired: list[int] = []
+    handle = net[1].register_forward_hook(lambda *_: fired.append(1))
+    assert calls(net) == ["chain_packed"] * 3 and fired
+    handle.remove()
+    assert calls(net) == ["chain_packed"]
+    net[1].append(nn.Dropout().eval())
+    assert calls(net) == ["chain_packed", "chain_packed"]
+    x = torch.randn(X)
+    with torch.no_grad():
+        assert calls(net[1][0], net[0](x)) == ["chain_packed"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conv: setattr(conv.weight, "data", conv.weight.data.clone().mul_(2)),
+        lambda conv: setattr(conv.weight, "data", conv.weight.data.as_strided((16, 48, 1, 1), (1, 16, 1, 1))),
+        lambda conv: torch.utils.swap_tensors(conv.weight, nn.Parameter(2 * conv.weight.detach())),
+        lambda conv: conv._parameters.update(weight=nn.Parameter(2 * conv.weight.detach())),
+        lambda conv: (conv.weight.data.mul_(2), mbv2.fuse(nn.Identity())),  # what fuse() is for after such an edit
+    ],
+    ids=["data", "strides", "swap", "dict", "memo cleared"],
+)
+def test_other_memory_behind_the_same_parameter(net: nn.Module, change: Callable[[nn.Module], object]) -> None:
+    """What no version counter shows; the first calls have made a plan that looks for nothing else."""
+    assert calls(net) == ["chain_packed"]
+    x = torch.randn(X)
+    with torch.no_grad():
+        was = net(x)
+        change(net[2].conv[6])
+        assert error(net(x), was) > 1e-2
+    assert calls(net) == ["chain_packed"]
+
+
+def test_a_class_that_gets_a_call_of_its_own(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert calls(net) == ["chain_packed"]
+    seen: list[nn.Module] = []
+
+    def call(self: nn.Module, x: Tensor) -> Tensor:
+        seen.append(self)
+        return nn.Module.__call__(self, x)
+
+    monkeypatch.setattr(Flat, "__call__", call, raising=False)
+    assert calls(net) == ["chain_packed", *["inverted_residual_packed"] * 3, "chain_packed"]
+    assert {*map(id, net[1:4])} < {*map(id, seen)}
+    monkeypatch.undo()
+    assert calls(net) == ["chain_packed"]
+
+
+def test_a_plan_is_kept_until_something_changes(net: nn.Module) -> None:
+    """Else every call would ask all children: correct, and far slower than small images take."""
+    calls(net)
+    plan = net.forward._plan
+    assert plan is not None
+    calls(net)
+    assert net.forward._plan is plan
+    with torch.no_grad():
+        net(torch.randn(1, 3, 30, 31))
+        net[1].conv[0].weight.mul_(1.5)
+        assert net.forward._plan is plan
+        net(torch.randn(X))
+    assert net.forward._plan not in (None, plan)
+
+
+def test_parameters_without_versions_make_no_plan() -> None:
+    with torch.inference_mode():
+        net = mbv2.fuse(randomise(nn.Sequential(Flat(), Flat())))
+        x = torch.randn(2, 8, 9, 9)
+        was = net(x)
+        assert net.forward._plan is None
+        net[0].conv[0].weight.mul_(2)
+        assert error(net(x), was) > 1e-2
+        assert error(net(x), mbv2.unfuse(copy.deepcopy(net)).double()(x.double())) < 4e-6
+
+
 def test_opcheck_and_wrong_steps() -> None:
     x, conv = torch.randn(2, 3, 9, 8), torch.ops.mbv2.pack_conv(torch.randn(5, 3, 3, 3), None)
     block = torch.ops.mbv2.pack_inverted_residual(

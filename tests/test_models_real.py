@@ -17,6 +17,7 @@ from wild import error, randomise
 
 import mbv2_kernels as mbv2
 from mbv2_kernels.fused_forward import FusedForward
+from mbv2_kernels.patch import fused_parts
 from mbv2_kernels.probe import _DirectDepthwise
 from mbv2_kernels.recognise import LAYER_KINDS
 
@@ -49,15 +50,16 @@ def check_against_fp64(model: nn.Module, sizes: tuple[tuple[int, int], ...] = EV
     plain = copy.deepcopy(model)
     exact = copy.deepcopy(model).double()
     mbv2.fuse(model)
+    parts = fused_parts(model)
+    exact_parts = {path: mbv2.unfuse(copy.deepcopy(part)).double() for path, part in parts.items()}
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
-    for path, module in model.named_modules():
-        if isinstance(vars(module).get("forward"), FusedForward):
+    for path, part in parts.items():
 
-            def keep(module: nn.Module, args: tuple[torch.Tensor], y: torch.Tensor, path: str = path) -> None:
-                inputs[path], outputs[path] = args[0], y
+        def keep(module: nn.Module, args: tuple[torch.Tensor], y: torch.Tensor, path: str = path) -> None:
+            inputs[path], outputs[path] = args[0], y
 
-            module.register_forward_hook(keep)
+        part.register_forward_hook(keep)
     with torch.no_grad():
         for size in sizes:
             x = torch.randn(1, 3, *size)
@@ -65,8 +67,7 @@ def check_against_fp64(model: nn.Module, sizes: tuple[tuple[int, int], ...] = EV
             with _DirectDepthwise():  # torch's own fp64 depthwise convolution takes minutes here
                 expected = exact(x.double())
                 for path, given in inputs.items():
-                    block = exact.get_submodule(path)
-                    assert error(outputs[path], block(given.double())) < 2e-6, path
+                    assert error(outputs[path], exact_parts[path](given.double())) < 2e-6, path
             assert error(y, expected) < max(2e-6, 2 * error(plain(x), expected))
     report = mbv2.summary(model)
     assert [row.path for row in report if row.fused] == list(inputs)
@@ -102,13 +103,17 @@ def test_torchvision_mobilenet_v2() -> None:
     ],
 )
 def test_timm(name: str, blocks: int, layers: list[str]) -> None:
-    """Its stem and head are attributes of the network itself: no module to swap, and the summary says so."""
+    """Its stem and head are attributes of the network itself, which calls them in a row."""
     report = check_against_fp64(timm.create_model(name), EVEN_AND_ODD if name == "tf_efficientnet_lite0" else EVEN)
-    counts = f"{blocks} of {blocks} blocks fused, 0 of {len(layers)} layers around them"
+    counts = f"{blocks} of {blocks} blocks fused, {len(layers)} of {len(layers)} layers around them"
     assert str(report).splitlines()[-1] == counts
-    refused = {row.path: row.reason for row in report if not row.fused}
-    assert list(refused) == layers
-    assert all(reason.startswith("no module of its own to swap: EfficientNet") for reason in refused.values())
+    assert [row.path for row in report if row.kind in LAYER_KINDS] == layers
+
+
+def test_timm_that_returns_features_has_no_method_to_take() -> None:
+    model = timm.create_model("mobilenetv2_050", features_only=True).eval()
+    (stem,) = (row for row in mbv2.summary(mbv2.fuse(model)) if row.kind == "stem")
+    assert not stem.fused and stem.reason.startswith("no module of its own to swap: EfficientNetFeatures")
 
 
 def test_what_is_special_about_each_timm_model() -> None:

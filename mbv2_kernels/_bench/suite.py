@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inputs import InputError, block_inputs, copy_of_block
+from .inputs import InputError, block_inputs
 from .peers import Peer
 from .timing import Comparison, compare
 
@@ -28,22 +28,28 @@ def no_progress(text: str, done: int, total: int) -> None:
     """Show nothing."""
 
 
-def fused_paths(model: nn.Module) -> list[str]:
-    """The paths of all that `fuse` takes in `model` (which is not changed); `InputError` with the reason if nothing."""
-    from .. import fuse, summary
+def parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Unfused copies of all that `fuse` takes in `model` (which is not changed), by path.
 
-    rows = list(summary(fuse(copy.deepcopy(model))))
-    paths = [row.path for row in rows if row.fused]
-    if not paths:
+    `InputError` with the reason if there is nothing.
+    """
+    from .. import fuse, summary
+    from ..patch import fused_parts, unfused_part
+
+    fused = fuse(copy.deepcopy(model))
+    found = fused_parts(fused)
+    if not found:
+        rows = list(summary(fused))
         why = f"{rows[0].path}: {rows[0].reason}" if rows else "there is no MobileNet-like block in it"
         raise InputError(f"nothing in this model can run fused ({why})")
-    return paths
+    return {path: copy.deepcopy(unfused_part(model, path, part)) for path, part in found.items()}
 
 
 def blocks(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Sequential, Tensor]]:
     """(path, network of that one block, the input that it gets when `model` runs on `x`) for all that `fuse` takes."""
-    inputs = block_inputs(model, fused_paths(model), x)
-    return [(path, copy_of_block(model, path), block_input) for path, block_input in inputs.items()]
+    found = parts(model)
+    inputs = block_inputs(model, found, x)
+    return [(path, nn.Sequential(found[path]), block_input) for path, block_input in inputs.items()]
 
 
 def compare_blocks(
