@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +168,64 @@ def test_bench_reports_no_speed_when_a_block_is_wrong(
 
 def test_limits_follow_the_bound_and_the_unfused_error() -> None:
     limit = verify.error_limit
-    assert limit(torch.float32, 3e-7) == 6e-7
-    assert limit(torch.float32, 1.5e-6) == 2e-6
-    assert limit(torch.float32, 1.5e-6, network=True) == 3e-6
-    assert limit(torch.float32, 0.0) == torch.finfo(torch.float32).eps / 2
-    assert limit(torch.bfloat16, 5e-3) == 8e-3
-    assert limit(torch.float16, 2e-4) == pytest.approx(torch.finfo(torch.float16).eps / 2)
+    assert limit(torch.float32, 3e-7, 9) == 6e-7
+    assert limit(torch.float32, 1e-7, 100) == 10 * 2**-24
+    assert limit(torch.float32, 1.5e-6, 9) == limit(torch.float32, 0.0, 10**6) == 2e-6
+    assert limit(torch.float32, 1.5e-6, 9, network=True) == 3e-6
+    assert limit(torch.float32, 0.0, 0) == torch.finfo(torch.float32).eps / 2
+    assert limit(torch.bfloat16, 5e-3, 9) == 8e-3
+    assert limit(torch.float16, 2e-4, 9) == pytest.approx(torch.finfo(torch.float16).eps / 2)
+    assert verify.summands(models.mobilenet_v2().features[3]) == 24 + 9 + 144
+
+
+def deep_block() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A block with the longest sums of MobileNetV2, its input as in the network, and its output in float64."""
+    model = models.mobilenet_v2().eval()
+    inputs.randomise_batch_norm(model, 64)
+    x = inputs.block_inputs(model, ["features.15"], inputs.random_pictures(4, 64))["features.15"]
+    block = model.features[15]
+    with torch.no_grad():
+        return block, x, copy.deepcopy(block).double()(x.double())
+
+
+def test_sums_in_plain_order_are_within_the_limit() -> None:
+    """Whatever order a machine's oneDNN adds in, a fused block that sums in the simplest one must not fail."""
+    block, x, reference = deep_block()
+    tensors = mbv2.fuse(copy.deepcopy(block)).forward.tensors().folded((1e-5,) * 3)
+    expand, shift, depthwise, depthwise_shift, project, project_shift = tensors
+
+    def in_order(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        y = bias.view(1, -1, 1, 1).expand(x.shape[0], -1, *x.shape[2:]).clone()
+        for channel in range(x.shape[1]):
+            y.addcmul_(weight[None, :, channel], x[:, channel : channel + 1])
+        return y
+
+    with torch.no_grad():
+        hidden = in_order(x, expand, shift).clamp(0, 6)
+        hidden = nn.functional.conv2d(hidden, depthwise, depthwise_shift, padding=1, groups=960).clamp(0, 6)
+        y = x + in_order(hidden, project, project_shift)
+    limit = verify.error_limit(torch.float32, 0.0, verify.summands(block))
+    assert limit / 10 < verify.relative_error(y, reference) < limit / 1.5
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda conv: conv[1][0].weight[7, 0, 2, 1].mul_(1.01),  # one tap of one channel out of 960
+        lambda conv: conv[1][0].weight[7].copy_(conv[1][0].weight[7].flip(2)),
+        lambda conv: conv[0][0].weight[5, 3].mul_(1.05),
+        lambda conv: conv[2].weight[:, 959].zero_(),  # the last hidden channel left out
+        lambda conv: conv[3].bias[100].add_(1e-2),
+        lambda conv: conv[0][1].running_var[3].mul_(1.05),
+    ],
+)
+def test_one_wrong_weight_is_beyond_the_limit(mistake: Callable[[nn.Module], object]) -> None:
+    block, x, reference = deep_block()
+    with torch.no_grad():
+        unfused = verify.relative_error(block(x), reference)
+        mistake(block.conv)
+        error = verify.relative_error(mbv2.fuse(block)(x), reference)
+    assert error > 2 * verify.error_limit(torch.float32, unfused, verify.summands(block))
 
 
 def test_relative_error() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..models import count
 from .peers import Peer, PeerUnavailable, Run
-from .verify import ERROR_BOUNDS, error_limit, relative_error
+from .verify import ERROR_BOUNDS, error_limit, relative_error, summands
 
 # One sample lasts this long at least: short enough for many samples, long against the clock and a call's jitter.
 SAMPLE_SECONDS = 2e-3
@@ -154,7 +154,7 @@ def prepare(
     errors: dict[str, float] = {}
     runs: dict[str, Run] = {}
     reference = copy.deepcopy(model).double()(x.double())
-    limit = error_limit(x.dtype, relative_error(model(x), reference), network=network)
+    limit = error_limit(x.dtype, relative_error(model(x), reference), summands(model), network=network)
     for peer in peers:
         reason = peer.missing()
         if reason is None:
