@@ -35,7 +35,17 @@ from mbv2_kernels._bench.suite import (
     write_json,
 )
 from mbv2_kernels._bench.timing import Comparison, activation_peak, compare
-from mbv2_kernels.cli import Parser, Progress, build, network_options, output_options, run, timing_options, title
+from mbv2_kernels.cli import (
+    Parser,
+    Progress,
+    build,
+    network_options,
+    origin,
+    output_options,
+    run,
+    timing_options,
+    title,
+)
 from peers import block_peers, network_peers
 
 MEMORY_CALLS = 5
@@ -134,13 +144,9 @@ def compare_command(arguments: argparse.Namespace) -> int:
     print(f"{describe(header)}\n{title(arguments, x)}\n{note}")
     print("peers: " + ", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
     content: dict[str, Any] = {
-        "machine": header,
+        **origin(arguments, header, x, note),
         "peers": versions,
-        "model": arguments.model,
-        "input_shape": list(x.shape),
-        "dtype": arguments.dtype,
         "threads": threads,
-        "note": note,
     }
     if arguments.memory:
         argv = [*sys.argv[1:]] if arguments.argv is None else list(arguments.argv)

@@ -31,8 +31,8 @@ from ._bench.suite import (
     check_json_path,
     columns,
     compare_blocks,
-    fused_paths,
     missing_lines,
+    parts,
     peer_table,
     peer_versions,
     record,
@@ -149,7 +149,7 @@ def build(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, str]:
         torch.cuda.set_device(device)
         note += _prepare_cuda(device, dtype)
     model = model.to(device, dtype)
-    fused_paths(model)  # an error now, before any work, if there is nothing to fuse
+    parts(model)  # an error now, before any work, if there is nothing to fuse
     return model, x.to(device, dtype), note
 
 
@@ -170,6 +170,17 @@ def _prepare_cuda(device: torch.device, dtype: torch.dtype) -> str:
 
 def title(arguments: argparse.Namespace, x: Tensor) -> str:
     return f"{arguments.model}, input {'x'.join(map(str, x.shape))}, {arguments.dtype}, {x.device}"
+
+
+def origin(arguments: argparse.Namespace, header: dict[str, Any], x: Tensor, note: str) -> dict[str, Any]:
+    """What the JSON of every command on a network begins with: the machine, and what was run on it."""
+    return {
+        "machine": header,
+        "model": arguments.model,
+        "input_shape": list(x.shape),
+        "dtype": arguments.dtype,
+        "note": note,
+    }
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -224,11 +235,7 @@ def verify_command(arguments: argparse.Namespace) -> int:
     print(f"{len(result.blocks)} fused: " + (f"{bad} error(s) OUT OF BOUNDS" if bad else "all errors within bounds"))
     if arguments.json:
         content: dict[str, Any] = {
-            "machine": machine(torch.get_num_threads(), x.device),
-            "model": arguments.model,
-            "input_shape": list(x.shape),
-            "dtype": arguments.dtype,
-            "note": note,
+            **origin(arguments, machine(torch.get_num_threads(), x.device), x, note),
             "ok": result.ok,
             "network": {**asdict(result.network), "ok": result.network.ok},
             "blocks": [{**asdict(block), "ok": block.ok} for block in result.blocks],
@@ -279,13 +286,9 @@ def bench(arguments: argparse.Namespace) -> int:
         print(line)
     if arguments.json:
         content = {
-            "machine": header,
+            **origin(arguments, header, x, note),
             "peers": peer_versions(network_peers),
-            "model": arguments.model,
-            "input_shape": list(x.shape),
-            "dtype": arguments.dtype,
             "threads": threads,
-            "note": note,
             "blocks": [record(c, block_peers, peak) for c in block_results],
             "network": record(network_results[0], network_peers, peak) if network_results else None,
         }
@@ -335,12 +338,8 @@ def bench_training(arguments: argparse.Namespace) -> int:
             print(f"{name}: {reason}")
     if arguments.json:
         content = {
-            "machine": header,
-            "model": arguments.model,
-            "input_shape": list(x.shape),
-            "dtype": arguments.dtype,
+            **origin(arguments, header, x, note),
             "threads": threads,
-            "note": note,
             "blocks": [asdict(c) for c in blocks],
             "network": asdict(network[0]) if network else None,
         }
