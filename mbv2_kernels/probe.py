@@ -38,7 +38,7 @@ _ACTIVATIONS = ("relu6", "relu", "none")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class _DirectDepthwise(TorchDispatchMode):
+class DirectDepthwise(TorchDispatchMode):
     """Computes depthwise convolutions tap by tap: torch's fp64 kernel loops over the groups, 50 times slower."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,7 +76,7 @@ def confirm(structure: SomeStructure) -> SomeStructure:
     reach = conv.dilation[0] * (conv.kernel_size[0] - 1) + 1
     sizes = ((1, channels, reach + 1, reach + 2), (1, channels, reach + 2, reach + 1))  # reach is odd
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, device="cpu") for s in sizes]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _one_thread(), _DirectDepthwise():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _one_thread(), DirectDepthwise():
         try:
             twins: dict[int, Any] = {}
             block = _copy(structure.block, twins).eval()

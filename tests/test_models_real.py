@@ -18,7 +18,7 @@ from wild import error, randomise
 import mbv2_kernels as mbv2
 from mbv2_kernels.fused_forward import FusedForward
 from mbv2_kernels.patch import fused_parts
-from mbv2_kernels.probe import _DirectDepthwise
+from mbv2_kernels.probe import DirectDepthwise
 from mbv2_kernels.recognise import LAYER_KINDS
 
 torchvision = pytest.importorskip("torchvision", reason="the networks of this file are torchvision's and timm's")
@@ -64,7 +64,7 @@ def check_against_fp64(model: nn.Module, sizes: tuple[tuple[int, int], ...] = EV
         for size in sizes:
             x = torch.randn(1, 3, *size)
             y = model(x)
-            with _DirectDepthwise():  # torch's own fp64 depthwise convolution takes minutes here
+            with DirectDepthwise():  # torch's own fp64 depthwise convolution takes minutes here
                 expected = exact(x.double())
                 for path, given in inputs.items():
                     assert error(outputs[path], exact_parts[path](given.double())) < 2e-6, path

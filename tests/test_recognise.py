@@ -25,7 +25,7 @@ def fuse_one(block: nn.Module, *, channels: int = 8, path: str = "", size: tuple
         x = torch.randn(2, channels, h, w)
         with torch.no_grad():
             y = block(x)
-            with probe._DirectDepthwise():  # fast in fp64; a test of its own below
+            with probe.DirectDepthwise():  # fast in fp64; a test of its own below
                 expected = exact(x.double())
         assert error(y, expected) < 2e-6
     (row,) = mbv2.summary(block)
@@ -308,7 +308,7 @@ def test_direct_depthwise_is_a_convolution() -> None:
     for k, s, p, d in ((3, 1, 1, 1), (3, 2, 0, 1), (5, 2, 2, 1), (3, 1, 4, 4), (5, 1, (1, 3), 2)):
         w = torch.randn(6, 1, k, k, dtype=torch.float64)
         expected = F.conv2d(x, w, b, s, p, d, groups=6)
-        with probe._DirectDepthwise(), torch.no_grad():
+        with probe.DirectDepthwise(), torch.no_grad():
             y = F.conv2d(x, w, b, s, p, d, groups=6)
         torch.testing.assert_close(y, expected)
 

@@ -8,8 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from mbv2_kernels._bench.peers import Eager, Folded
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -41,6 +44,45 @@ def test_a_part_and_its_record(targets: ModuleType, tmp_path: Path, capsys: pyte
     assert target["name"].startswith("first call") and target["value"] > 0
     assert target["verdict"] in capsys.readouterr().out
     assert {"fused", "ONNX Runtime", "OpenVINO"} <= set(content["peers"])
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(
+    targets: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every shape is written down as soon as it is measured, and no shape twice."""
+    file = tmp_path / "targets.json"
+    arguments = ["--quick", "--seconds", "0.01", "--only", "sweep", "--json", str(file), "--resume"]
+    monkeypatch.setattr(targets, "QUICK_SWEEP", ((0.35, 32, 1), (0.35, 32, 2)))
+    monkeypatch.setattr(targets, "OnnxRuntime", Eager)
+    monkeypatch.setattr(targets, "OpenVino", Folded)
+    compare, labels = targets.compare, []
+
+    def stopping(label: str, *args: Any, **kw: Any) -> Any:
+        labels.append(label)
+        if len(labels) == 2:
+            raise KeyboardInterrupt
+        return compare(label, *args, **kw)
+
+    monkeypatch.setattr(targets, "compare", stopping)
+    assert targets.main(arguments) == 130
+    content = json.loads(file.read_text())
+    assert [label for label, *_ in content["sweep"]] == ["width 0.35, 32x32, batch 1"] and content["parts"] == []
+    assert targets.main(arguments) == 0
+    assert labels == ["width 0.35, 32x32, batch 1", *["width 0.35, 32x32, batch 2"] * 2]
+    content = json.loads(file.read_text())
+    ratios = [ratio for _, ratio, _ in content["sweep"]]
+    (target,) = content["targets"]
+    assert target["value"] == min(ratios) and len(content["comparisons"]) == 2 and content["parts"] == ["sweep"]
+    assert targets.main(arguments) == 0 and len(labels) == 3  # nothing is left to measure
+    assert f"{target['value']:.2f}" in capsys.readouterr().out
+    file.write_text(json.dumps({**content, "quick": False}))
+    assert targets.main(arguments) == 2
+    assert "was measured without --quick" in capsys.readouterr().err
+
+
+def test_resume_needs_a_file(targets: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert targets.main(["--resume"]) == 2
+    assert "--resume: goes on with a file" in capsys.readouterr().err
 
 
 def test_an_unknown_part_is_an_error(targets: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
@@ -177,8 +176,3 @@ def block_inputs(model: nn.Module, paths: Iterable[str], x: Tensor) -> dict[str,
         for handle in handles:
             handle.remove()
     return seen
-
-
-def copy_of_block(model: nn.Module, path: str) -> nn.Sequential:
-    """An own copy of the block at `path`, as the only entry of a Sequential: a network of one block."""
-    return nn.Sequential(copy.deepcopy(model.get_submodule(path)))

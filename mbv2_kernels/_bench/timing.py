@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import count
+from ..probe import DirectDepthwise
 from .peers import Peer, PeerUnavailable, Run
 from .verify import ERROR_BOUNDS, error_limit, relative_error, summands
 
@@ -153,7 +154,8 @@ def prepare(
     unavailable: dict[str, str] = {}
     errors: dict[str, float] = {}
     runs: dict[str, Run] = {}
-    reference = copy.deepcopy(model).double()(x.double())
+    with DirectDepthwise():
+        reference = copy.deepcopy(model).double()(x.double())
     limit = error_limit(x.dtype, relative_error(model(x), reference), summands(model), network=network)
     for peer in peers:
         reason = peer.missing()
