@@ -5,7 +5,8 @@
     python benchmarks/targets.py --only networks memory             # parts of it
     python benchmarks/targets.py --only sweep --json out.json --resume      # go on where an earlier run was stopped
 
-The parts: networks, blocks, storage (16 bits against float32), first-call, memory, sweep (widths, sizes, batches).
+The parts: networks, blocks, storage (16 bits against float32), call (what one costs beside its kernels), first-call,
+memory, sweep (widths, sizes, batches).
 --resume takes over what FILE holds already, which every part (and every shape of the sweep) adds as soon as it is
 measured: each ratio is of one run, so that a table may be of several.
 
@@ -52,7 +53,7 @@ SWEEP = (
 )
 QUICK_SWEEP = ((0.35, 96, 1), (0.35, 224, 8), (1.4, 96, 1), (1.4, 224, 1))
 FIRST_CALLS = 5
-PARTS = ("networks", "blocks", "storage", "first-call", "memory", "sweep")
+PARTS = ("networks", "blocks", "storage", "call", "first-call", "memory", "sweep")
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,25 @@ def sweep(m: Measurement) -> None:
     m.add(name, 1.0, measured[worst], note=note)
 
 
+@torch.no_grad()
+def call(m: Measurement) -> None:
+    """Microseconds that a call of all layers costs beside its kernels: checks, Python, one thread, 32x32 pixels."""
+    model, x = network_of("builtin:mobilenet_v2", 32)
+    features: Any = fuse(model).features
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        features(x)  # packs
+        steps = [child.forward.step(x.dtype) for child in features]
+        packed, numbers = [weights for weights, _ in steps], [n for _, own in steps for n in own]
+        runs = {"call": lambda: features(x), "op": lambda: torch.ops.mbv2.chain_packed(x, packed, numbers)}
+        timings = interleave(runs, seconds=2 * m.seconds)
+    finally:
+        torch.set_num_threads(before)
+    whole, op = (1e6 * timings[name].median for name in ("call", "op"))
+    m.add("call beside its kernels, microseconds", 60.0, whole - op, at_most=True, note=f"{whole:.0f} - {op:.0f}")
+
+
 def first_call(m: Measurement) -> None:
     """Milliseconds of the first call of a freshly fused model: folding and packing included, one thread."""
     model, x = network_of("builtin:mobilenet_v2")
@@ -344,6 +364,7 @@ def targets_command(arguments: argparse.Namespace) -> int:
         lambda: networks(m, threads, header["isa"] == "avx2"),
         lambda: blocks(m),
         lambda: storage(m),
+        lambda: call(m),
         lambda: first_call(m),
         lambda: memory(m),
         lambda: sweep(m),

@@ -35,6 +35,27 @@ def test_verdicts(targets: ModuleType) -> None:
     assert "<= 1.3" in targets.table_of([targets.Target("cost", 1.3, 1.31, at_most=True)]).splitlines()[1]
 
 
+def test_16_bits_and_the_cost_of_a_call(
+    targets: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Speed in 16 bits is told for the worst block, and none whose result is off."""
+    todo = targets.single_blocks()
+    assert [path for path, *_ in todo] == [f"features.{i}" for i in range(1, 18)]
+    monkeypatch.setattr(targets, "single_blocks", lambda: todo[14:16])
+    file = tmp_path / "targets.json"
+    arguments = ["--quick", "--seconds", "0.01", "--only", "storage", "call", "--json", str(file)]
+    assert targets.main(arguments) == 0
+    content = json.loads(file.read_text())
+    ratios = content["storage"]
+    assert list(ratios) == ["features.15", "features.16"] and set(ratios["features.15"]) == set(targets.DTYPES)
+    for target, name in zip(content["targets"], ("bfloat16", "float16"), strict=False):
+        assert target["value"] == min(ratio[name] for ratio in ratios.values())
+    assert content["targets"][2]["value"] < 1e5
+    monkeypatch.setitem(targets.ERROR_BOUNDS, targets.torch.float16, 1e-9)
+    assert targets.main(arguments) == 1
+    assert "features.15: fused is off by" in capsys.readouterr().err
+
+
 def test_a_part_and_its_record(targets: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "targets.json"
     assert targets.main(["--quick", "--only", "first-call", "--json", str(file)]) == 0
