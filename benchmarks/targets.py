@@ -93,6 +93,7 @@ class Measurement:
             "parts": [],
             "comparisons": [],
             "unavailable": [],
+            "storage": {},
             "memory": {},
         }
 
@@ -110,7 +111,7 @@ class Measurement:
                 raise InputError(f"--resume: {self.file} is no record of targets.py with this {key}")
         if found["quick"] != self.quick:
             raise InputError(f"--resume: {self.file} was measured {'with' if found['quick'] else 'without'} --quick")
-        self.content.update({key: found[key] for key in ("parts", "comparisons", "unavailable", "memory")})
+        self.content.update({key: found[key] for key in self.content if key not in ("machine", "peers", "quick")})
         self.targets = [Target(**{k: v for k, v in t.items() if k != "verdict"}) for t in found["targets"]]
         self.sweep = {label: (ratio, note) for label, ratio, note in found["sweep"]}
 

@@ -51,6 +51,7 @@ def test_16_bits_and_the_cost_of_a_call(
     for target, name in zip(content["targets"], ("bfloat16", "float16"), strict=False):
         assert target["value"] == min(ratio[name] for ratio in ratios.values())
     assert content["targets"][2]["value"] < 1e5
+    assert targets.main([*arguments, "--resume"]) == 0 and json.loads(file.read_text()) == content
     monkeypatch.setitem(targets.ERROR_BOUNDS, targets.torch.float16, 1e-9)
     assert targets.main(arguments) == 1
     assert "features.15: fused is off by" in capsys.readouterr().err
