@@ -1,6 +1,6 @@
 """The CPU targets of this package, each as a ratio measured now on this machine, in one table.
 
-    python benchmarks/targets.py --json out.json                    # all of them: about ten minutes on two cores
+    python benchmarks/targets.py --json out.json                    # all of them: about six minutes on two cores
     python benchmarks/targets.py --quick                            # the same table from fewer shapes, shorter timings
     python benchmarks/targets.py --only networks memory             # parts of it
     python benchmarks/targets.py --only sweep --json out.json --resume      # go on where an earlier run was stopped
