@@ -91,7 +91,7 @@ class FusedFeatures(FusedChain):
         self.pairs = {next(iter(pair.block._modules)): pair for pair in pairs}
 
     def one_by_one(self, x: Any) -> Any:
-        if self.is_overridden():
+        if not isinstance(x, Tensor) or self.is_overridden():  # torch.fx finds the pairs in no network
             return getattr(type(self.block), METHOD)(self.block, x)
         for child in self.children():
             x = child(x)
@@ -108,6 +108,8 @@ class FusedFeatures(FusedChain):
 
     def is_overridden(self) -> bool:
         reason = self.composition.overridden()
+        if reason is None and _has_any_global_hook():
+            reason = "global module hooks would see modules that are not the network's"
         if reason is not None and not torch.compiler.is_compiling():
             for pair in self.pairs.values():
                 pair.note_refusal(reason)

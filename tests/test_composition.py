@@ -30,6 +30,11 @@ class NormAct(nn.BatchNorm2d):
         return self.act(super().forward(x))
 
 
+class NormsAreLeaves(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, NormAct) or super().is_leaf_module(m, module_qualified_name)
+
+
 class Net(nn.Module):
     """timm's EfficientNet in small: stages in a Sequential, stem and head around them."""
 
@@ -127,6 +132,22 @@ def test_a_hook_on_the_blocks_fires(net: nn.Module) -> None:
         net(torch.randn(X))
     assert len(fired) == 2
     assert_right(net)
+
+
+def test_global_hooks_and_fx_see_the_networks_own_modules_only(net: nn.Module) -> None:
+    """The Sequentials that stand for convolution and norm have no name in the network."""
+    was, own = assert_right(net), set(net.modules())
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(module))
+    with torch.no_grad():
+        y = net(torch.randn(X, generator=torch.Generator().manual_seed(0)))
+    handle.remove()
+    assert set(seen) <= own and {net.conv_stem, net.bn1, net.bn2} < set(seen) and error(y, was) < 4e-6
+    assert rows(net)["conv_stem"].reason.startswith("global module hooks")
+    assert_right(net)
+    assert rows(net)["conv_stem"].reason == "" and ran(net) == ["chain_packed"]
+    called = {node.target for node in NormsAreLeaves().trace(net).nodes if node.op == "call_module"}
+    assert {"conv_stem", "bn1", "conv_head", "bn2"} < called
 
 
 @pytest.mark.parametrize("name", ["conv_stem", "bn1", "conv_head", "bn2"])
