@@ -13,6 +13,7 @@
 #include "checks.h"
 #include "core/block.h"
 #include "core/conv.h"
+#include "core/linear.h"
 #include "core/pages.h"
 #include "core/scratch.h"
 #include "parallel.h"
@@ -329,6 +330,39 @@ Tensor conv_act(Tensor x, Tensor weight, OptionalTensor bias, int64_t stride, in
   return conv_act_packed(x, packed, weight.size(0), weight.size(2), stride, padding, activation);
 }
 
+// ---- Classifier -----------------------------------------------------------------------------------------------------
+
+Tensor linear(Tensor x_given, Tensor weight_given, OptionalTensor bias_given) {
+  check_tensor("x", x_given, 2);
+  check_tensor("weight", weight_given, 2);
+  mbv2::LinearArgs a = {};
+  a.rows = x_given.size(0);
+  a.in_features = x_given.size(1);
+  a.out_features = weight_given.size(0);
+  check(weight_given.size(1) == a.in_features, "weight must be [out, ", a.in_features, "] for x of shape ",
+        shape_of(x_given), ", got ", shape_of(weight_given));
+  const ScalarType type = x_given.scalar_type();
+  check(weight_given.scalar_type() == type, "weight must have x's dtype");
+  if (bias_given) {
+    check_tensor("bias", *bias_given, 1);
+    check(bias_given->size(0) == a.out_features && bias_given->scalar_type() == type, "bias must have ", a.out_features,
+          " elements of x's dtype, got ", bias_given->size(0));
+  }
+  storage_type(type, &a.dtype);
+  const auto dense = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
+  const Tensor x = dense(x_given), weight = dense(weight_given);
+  const OptionalTensor bias = bias_given ? OptionalTensor(dense(*bias_given)) : std::nullopt;
+  Tensor y = mbv2::empty({a.rows, a.out_features}, {a.out_features, 1}, type);
+  a.x = x.const_data_ptr();
+  a.weight = weight.const_data_ptr();
+  a.bias = bias ? bias->const_data_ptr() : nullptr;
+  a.y = y.mutable_data_ptr();
+  const Tier tier = mbv2::active_tier();
+  mbv2::run_linear(a, tier, mbv2::torch_parallel());
+  mbv2::count_call(tier);
+  return y;
+}
+
 // ---- Chains: blocks and convolutions back to back -------------------------------------------------------------------
 
 // One step of a chain in the op's list of numbers. kind: 0 block, 1 convolution, which leaves hidden_channels, expand,
@@ -413,6 +447,7 @@ STABLE_TORCH_LIBRARY(mbv2, m) {
   m.def(
       "conv_act_packed(Tensor x, Tensor packed, int out_channels, int kernel_size, int stride, int padding, "
       "str activation) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("chain_packed(Tensor x, Tensor[] packed, int[] steps) -> Tensor");
 }
 
@@ -423,5 +458,6 @@ STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
   m.impl("conv_act", TORCH_BOX(&conv_act));
   m.impl("pack_conv", TORCH_BOX(&pack_conv));
   m.impl("conv_act_packed", TORCH_BOX(&conv_act_packed));
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("chain_packed", TORCH_BOX(&chain_packed));
 }

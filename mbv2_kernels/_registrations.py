@@ -1,9 +1,9 @@
 """The torch ops of namespace mbv2, as torch sees them: schemas, fakes, autograd, autocast.
 
 C++ (csrc/ops.cpp, CPU): `inverted_residual`, `pack_inverted_residual`, `inverted_residual_packed`; for the dense layers
-around the blocks `conv_act`, `pack_conv`, `conv_act_packed`; for runs of both `chain_packed`. Defined here:
+around the blocks `conv_act`, `pack_conv`, `conv_act_packed`, and `linear`; for runs of them `chain_packed`. Defined here:
 `inverted_residual_bn` and `conv_bn_act`, the same with their BatchNorms unfolded, and `inverted_residual_backward`. The
-packed ops and `conv_act` are for inference: they have no gradient.
+packed ops, `conv_act` and `linear` are for inference: they have no gradient.
 
 What torch.compile looks through (the backward formulas) is made of plain operations around opaque ops.
 """
@@ -144,6 +144,11 @@ def _(x: Tensor, packed: Sequence[Tensor], steps: Sequence[int]) -> Tensor:
         config = BlockConfig(stride, padding, dilation, "none", "none", False)
         x = _fake_output(x, out_channels, kernel_size, config)
     return x
+
+
+@torch.library.register_fake("mbv2::linear", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @torch.library.register_fake("mbv2::pack_conv", lib=_LIBRARY)

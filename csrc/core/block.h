@@ -107,7 +107,8 @@ struct WorkItem {
 struct ConvArgs;  // conv.h
 struct ConvLayout;
 struct ConvItem;
-struct TrainArgs;  // train.h
+struct LinearArgs;  // linear.h
+struct TrainArgs;   // train.h
 struct TrainLayout;
 struct TrainPlan;
 struct TrainItem;
@@ -122,6 +123,7 @@ struct TierKernels {
                  int64_t stride);
   size_t (*conv_scratch_floats)(const ConvArgs&, const ConvLayout&);
   void (*conv_work)(const ConvArgs&, const ConvLayout&, const ConvItem&, float* scratch);
+  void (*linear_work)(const LinearArgs&, int64_t output_begin, int64_t output_end);
   size_t (*train_scratch_floats)(const TrainArgs&, const TrainLayout&, const TrainPlan&);
   void (*train_work)(const TrainArgs&, const TrainLayout&, const TrainPlan&, const TrainItem&, const float* packed,
                      float* scratch);

@@ -4,6 +4,7 @@
 
 #include "block.h"
 #include "conv.h"
+#include "linear.h"
 #include "train.h"
 
 namespace mbv2 {
@@ -71,13 +72,14 @@ struct V {
 
 #include "block_generic.h"
 #include "conv_generic.h"
+#include "linear_generic.h"
 #include "train_generic.h"
 
 }  // namespace
 
 extern const TierKernels kernels_avx2;
-const TierKernels kernels_avx2 = {V::width,   V::kMaxPanel,        scratch_floats, work,
-                                  finish,     conv_scratch_floats, conv_work,      train_scratch_floats,
-                                  train_work, fma_chains};
+const TierKernels kernels_avx2 = {
+    V::width,  V::kMaxPanel, scratch_floats,       work,       finish,    conv_scratch_floats,
+    conv_work, linear_work,  train_scratch_floats, train_work, fma_chains};
 
 }  // namespace mbv2
