@@ -1,9 +1,9 @@
 """The torch ops of namespace mbv2, as torch sees them: schemas, fakes, autograd, autocast.
 
 C++ (csrc/ops.cpp, CPU): `inverted_residual`, `pack_inverted_residual`, `inverted_residual_packed`; for the dense layers
-around the blocks `conv_act`, `pack_conv`, `conv_act_packed`, and `linear`; for runs of them `chain_packed`. Defined here:
-`inverted_residual_bn` and `conv_bn_act`, the same with their BatchNorms unfolded, and `inverted_residual_backward`. The
-packed ops, `conv_act` and `linear` are for inference: they have no gradient.
+around the blocks `conv_act`, `pack_conv`, `conv_act_packed` and `linear`; for runs of blocks and convolutions
+`chain_packed`. Defined here: `inverted_residual_bn` and `conv_bn_act`, the same with their BatchNorms unfolded, and
+`inverted_residual_backward`. The packed ops, `conv_act` and `linear` are for inference: they have no gradient.
 
 What torch.compile looks through (the backward formulas) is made of plain operations around opaque ops.
 """

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .chain import FusedChain, FusedFeatures, has_chain
+from .classifier import ClassifierStructure, FusedClassifier
 from .composition import METHOD
 from .fold import memo
 from .fused_forward import TRAINING, FusedForward, FusedLayer, FusedPair
@@ -22,7 +23,7 @@ ORIGINAL = "original modules"  # the `backend` of a row whose block last ran unf
 class FusionRow:
     """One block of a model or one dense layer around its blocks, or what looked like one.
 
-    path: as in `model.named_modules()`. kind: inverted_residual, depthwise_separable, stem or head.
+    path: as in `model.named_modules()`. kind: inverted_residual, depthwise_separable, stem, head or classifier.
     fused: calls run the fused kernel. reason: why not, or why the original modules run at the moment.
     backend, tier: what last ran it ("cpu" and "avx2"; "original modules"), None before the first call.
     """
@@ -77,7 +78,8 @@ def fuse(
 ) -> nn.Module:
     """Makes every block of `model` that the fused kernel computes exactly run fused, in place; returns `model`.
 
-    So do the stem and the head, dense convolutions with BatchNorm and activation in a module of their own (on CPUs).
+    So do the stem and the head, dense convolutions with BatchNorm and activation in a module of their own (on CPUs),
+    and for a few images at a time the classifier, `nn.Linear` behind the last convolution.
     An `nn.Sequential` with several of them next to each other runs them by one call (see `chain`), and so does a
     network whose `forward_features` only calls its submodules in a row (timm).
 
@@ -91,7 +93,7 @@ def fuse(
     Args:
         filter_fn: called with (module, path) for every candidate; those it returns False for are left as they are.
         strict: raise RuntimeError, before anything is changed, if there is nothing to fuse or a block cannot be fused
-            (a stem or head that cannot is no reason: what they cost is small).
+            (a stem, head or classifier that cannot is no reason: what they cost is small).
         memory: what training keeps for backward, beside each block's input and its output before the last BatchNorm.
             "fast": what the depthwise convolution gave; "lean": nothing, it is computed again.
 
@@ -135,24 +137,25 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def summary(model: nn.Module) -> FusionReport:
-    """What `fuse` did to each block, stem and head of `model`, what last ran it, and why the others were refused."""
+    """What `fuse` did to each block and layer around them, what last ran it, and why the others were refused."""
     _check_module("summary", model)
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
-    pairs: dict[nn.Module, FusedPair] = {pair.layer.conv: pair for pair in _pairs(model)}
+    pairs = {pair.layer.conv: pair for pair in _pairs(model)}
     fused = {path: (m, f) for path, m in model.named_modules() if (f := pairs.get(m) or _fused_forward(m)) is not None}
-    convs = [layer.conv for _, f in fused.values() for layer in f.layers if layer is not None]
+    layers = [layer for _, f in fused.values() for layer in _layers(f)]
     rows = [_fused_row(path, module, forward) for path, (module, forward) in fused.items()]
-    rows += [_unfused_row(c) for c in candidates(model, ignore=convs)]
+    rows += [_unfused_row(c) for c in candidates(model, ignore=layers)]
     return FusionReport(tuple(sorted(rows, key=lambda row: order[row.path])))
 
 
 def fused_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """What runs fused in `model`, by the paths that `summary` shows.
+    """What takes images and runs fused in `model`, by the paths that `summary` shows.
 
     A convolution and a norm that their network calls in a row are a Sequential, which is no part of `model`.
     """
     pairs: dict[nn.Module, nn.Module] = {pair.layer.conv: pair.block for pair in _pairs(model)}
-    modules = {row.path: model.get_submodule(row.path) for row in summary(model) if row.fused}
+    rows = [row for row in summary(model) if row.fused and row.kind != "classifier"]
+    modules = {row.path: model.get_submodule(row.path) for row in rows}
     return {path: pairs.get(module, module) for path, module in modules.items()}
 
 
@@ -164,7 +167,7 @@ def unfused_part(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict((name, owner.get_submodule(name)) for name in part._modules))
 
 
-def _fused_row(path: str, module: nn.Module, forward: FusedForward) -> FusionRow:
+def _fused_row(path: str, module: nn.Module, forward: FusedForward | FusedClassifier) -> FusionRow:
     refusal = forward.refusal()
     fused = refusal is None or refusal.startswith(TRAINING)
     reason = refusal or forward.last_reason or ""
@@ -195,17 +198,25 @@ def _check_all_fusable(chosen: list[Candidate]) -> None:
         raise RuntimeError("\n".join([head, *lines]))
 
 
-def _forward_of(candidate: Candidate, memory: str) -> FusedForward:
+def _forward_of(candidate: Candidate, memory: str) -> FusedForward | FusedClassifier:
     structure = candidate.structure
     assert structure is not None
+    if isinstance(structure, ClassifierStructure):
+        return FusedClassifier(structure, candidate.path)
     if isinstance(structure, LayerStructure):
         return (FusedLayer if structure.composition is None else FusedPair)(structure, candidate.path)
     return FusedForward(structure, candidate.path, memory)
 
 
-def _fused_forward(module: nn.Module) -> FusedForward | None:
+def _fused_forward(module: nn.Module) -> FusedForward | FusedClassifier | None:
     forward = vars(module).get("forward")
-    return forward if isinstance(forward, FusedForward) else None
+    return forward if isinstance(forward, FusedForward | FusedClassifier) else None
+
+
+def _layers(forward: FusedForward | FusedClassifier) -> list[nn.Module]:
+    if isinstance(forward, FusedClassifier):
+        return [forward.block]
+    return [layer.conv for layer in forward.layers if layer is not None]
 
 
 def _pairs(model: nn.Module) -> list[FusedPair]:
@@ -215,7 +226,7 @@ def _pairs(model: nn.Module) -> list[FusedPair]:
 
 def _unfuse_one(module: nn.Module) -> None:
     for name in ("forward", METHOD):
-        if isinstance(vars(module).get(name), FusedForward | FusedChain):
+        if isinstance(vars(module).get(name), FusedForward | FusedChain | FusedClassifier):
             delattr(module, name)
 
 
