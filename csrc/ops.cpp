@@ -428,6 +428,22 @@ Tensor chain_packed(Tensor x_given, std::vector<Tensor> packed, std::vector<int6
   throw std::logic_error("mbv2: a chain ends with its last step");
 }
 
+// A whole network: the chain's images, their means over all pixels, and the classifier on these.
+Tensor chain_classify(Tensor x, std::vector<Tensor> packed, std::vector<int64_t> steps, Tensor weight,
+                      OptionalTensor bias) {
+  const Tensor images = chain_packed(x, packed, steps);
+  mbv2::PoolArgs a = {};
+  a.batch = images.size(0);
+  a.channels = images.size(1);
+  a.pixels = images.size(2) * images.size(3);
+  storage_type(images.scalar_type(), &a.dtype);
+  Tensor means = mbv2::empty({a.batch, a.channels}, {a.channels, 1}, images.scalar_type());
+  a.x = images.const_data_ptr();
+  a.y = means.mutable_data_ptr();
+  mbv2::tier_kernels(mbv2::active_tier())->pool_work(a);
+  return linear(means, weight, bias);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(mbv2, m) {
@@ -449,6 +465,7 @@ STABLE_TORCH_LIBRARY(mbv2, m) {
       "str activation) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("chain_packed(Tensor x, Tensor[] packed, int[] steps) -> Tensor");
+  m.def("chain_classify(Tensor x, Tensor[] packed, int[] steps, Tensor weight, Tensor? bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
@@ -460,4 +477,5 @@ STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
   m.impl("conv_act_packed", TORCH_BOX(&conv_act_packed));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("chain_packed", TORCH_BOX(&chain_packed));
+  m.impl("chain_classify", TORCH_BOX(&chain_classify));
 }

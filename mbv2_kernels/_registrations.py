@@ -2,8 +2,9 @@
 
 C++ (csrc/ops.cpp, CPU): `inverted_residual`, `pack_inverted_residual`, `inverted_residual_packed`; for the dense layers
 around the blocks `conv_act`, `pack_conv`, `conv_act_packed` and `linear`; for runs of blocks and convolutions
-`chain_packed`. Defined here: `inverted_residual_bn` and `conv_bn_act`, the same with their BatchNorms unfolded, and
-`inverted_residual_backward`. The packed ops, `conv_act` and `linear` are for inference: they have no gradient.
+`chain_packed` and, with mean and classifier behind them, `chain_classify`. Defined here: `inverted_residual_bn` and
+`conv_bn_act`, the same with their BatchNorms unfolded, and `inverted_residual_backward`. The packed ops, chains,
+`conv_act` and `linear` are for inference: they have no gradient.
 
 What torch.compile looks through (the backward formulas) is made of plain operations around opaque ops.
 """
@@ -144,6 +145,11 @@ def _(x: Tensor, packed: Sequence[Tensor], steps: Sequence[int]) -> Tensor:
         config = BlockConfig(stride, padding, dilation, "none", "none", False)
         x = _fake_output(x, out_channels, kernel_size, config)
     return x
+
+
+@torch.library.register_fake("mbv2::chain_classify", lib=_LIBRARY)
+def _(x: Tensor, packed: Sequence[Tensor], steps: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @torch.library.register_fake("mbv2::linear", lib=_LIBRARY)

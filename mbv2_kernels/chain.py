@@ -7,7 +7,7 @@ yes, in their runs, by one op (`mbv2::chain_packed`); what lies between them sta
 called as ever: those with hooks, in training, without a kernel. Slices, copies and single calls of the children know
 nothing of it. Sequentials among the children are looked into: a network in stages is one run.
 
-The answers are kept as a `_Plan` until one could be another: asking costs more than some blocks take.
+The answers are kept as a `Plan` until one could be another: asking costs more than some blocks take.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FusedChain:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_plan": None}  # of the modules of one process; made anew when needed
@@ -54,7 +54,11 @@ class FusedChain:
             plan = self._plan = None
             if not self.is_overridden():
                 plan = self._plan_anew(x.dtype)
-        return self.one_by_one(x) if plan is None else plan.run(x)
+        return self.one_by_one(x) if plan is None else self.run(plan, x)
+
+    def run(self, plan: Plan, x: Any) -> Any:
+        """`block` on x as planned."""
+        return plan.run(x)
 
     def one_by_one(self, x: Any) -> Any:
         """As without chains."""
@@ -68,15 +72,15 @@ class FusedChain:
         """Whether something other than calling `children` is to be done now."""
         return False
 
-    def look(self) -> Look:
+    def looks(self) -> Iterator[Look]:
         """What `children` and `is_overridden` depend on."""
-        return Look(self.block, children=tuple(self.block._modules.items()))
+        yield Look(self.block, children=tuple(self.block._modules.items()))
 
-    def _plan_anew(self, dtype: torch.dtype) -> _Plan:
+    def _plan_anew(self, dtype: torch.dtype) -> Plan:
         """Asks every child, and keeps the answers if all that are fused said yes."""
-        plan = _Plan(self, dtype)
+        plan = Plan(self, dtype)
         if plan.complete:
-            plan = _Plan(self, dtype, watched=plan)
+            plan = Plan(self, dtype, watched=plan)
             if plan.complete:
                 self._plan = plan
         return plan
@@ -115,19 +119,20 @@ class FusedFeatures(FusedChain):
                 pair.note_refusal(reason)
         return reason is not None
 
-    def look(self) -> Look:
-        flag = self.composition.flag
-        return super().look()._replace(settings=() if flag is None else ((flag, False),))
+    def looks(self) -> Iterator[Look]:
+        yield from super().looks()
+        if self.composition.flag is not None:
+            yield Look(self.block, settings=((self.composition.flag, False),))
 
 
-class _Plan:
+class Plan:
     """What a chain does with images of one dtype.
 
     complete: every child that is fused would run fused. watched: an earlier plan of the same chain, which says what to
     watch; the watch begins before the children are asked, so that what changes meanwhile is noticed.
     """
 
-    def __init__(self, chain: FusedChain, dtype: torch.dtype, watched: _Plan | None = None) -> None:
+    def __init__(self, chain: FusedChain, dtype: torch.dtype, watched: Plan | None = None) -> None:
         self.dtype = dtype
         self.complete = True
         self._tier = _C.active_tier()
@@ -138,7 +143,7 @@ class _Plan:
                 self._unchanged = watch(watched._looks(chain))
             except RuntimeError:  # tensors made in inference mode have no version
                 self.complete = False
-        self._links: list[nn.Module | _Run] = []
+        self.links: list[nn.Module | Run] = []
         self._containers: list[nn.Module] = []
         for child in _flattened(chain.children(), self._containers):
             self._add(child)
@@ -146,27 +151,27 @@ class _Plan:
     def _add(self, child: nn.Module) -> None:
         forward = child.__dict__.get("forward")
         if not isinstance(forward, FusedForward):
-            self._links.append(child)
-            if _is_sequential(child) and child._modules:  # one with hooks, for now
+            self.links.append(child)
+            if is_sequential(child) and child._modules:  # one with hooks, for now
                 self.complete = False
             return
-        step = forward.step(self.dtype) if _calls_forward_only(child) else None
+        step = forward.step(self.dtype) if calls_forward_only(child) else None
         if step is None:
-            self._links.append(child)
+            self.links.append(child)
             self.complete = False
             return
-        last = self._links[-1] if self._links else None
-        if not isinstance(last, _Run) or last.out_channels != forward.in_channels:
-            last = _Run()
-            self._links.append(last)
+        last = self.links[-1] if self.links else None
+        if not isinstance(last, Run) or last.out_channels != forward.in_channels:
+            last = Run()
+            self.links.append(last)
         last.add(child, forward, *step)
 
     def _looks(self, chain: FusedChain) -> Iterator[Look]:
-        yield chain.look()
+        yield from chain.looks()
         for container in self._containers:
             yield Look(container, True, vars(container).get("forward"), tuple(container._modules.items()))
-        for link in self._links:
-            if isinstance(link, _Run):
+        for link in self.links:
+            if isinstance(link, Run):
                 for child, forward in zip(link.children, link.forwards, strict=True):
                     yield Look(child, True, forward)
                     yield from forward.step_looks()
@@ -180,8 +185,8 @@ class _Plan:
 
     def run(self, x: Any) -> Any:
         """`chain.block` on x."""
-        for link in self._links:
-            if not isinstance(link, _Run) or link.takes(x, self.dtype):
+        for link in self.links:
+            if not isinstance(link, Run) or link.takes(x, self.dtype):
                 x = link(x)
             else:
                 for child in link.children:
@@ -189,7 +194,7 @@ class _Plan:
         return x
 
 
-class _Run:
+class Run:
     """Fused children next to each other, as one call of the op."""
 
     def __init__(self) -> None:
@@ -210,14 +215,18 @@ class _Run:
         return _is_image(x) and x.dtype is dtype and x.shape[1] == self.forwards[0].in_channels
 
     def __call__(self, x: Tensor) -> Tensor:
+        self.note()
+        return _RUN(x, self.packed, self.steps)
+
+    def note(self) -> None:
+        """For `summary`: all of them run fused."""
         for forward in self.forwards:
             forward.last_reason = None
-        return _RUN(x, self.packed, self.steps)
 
 
 def has_chain(module: nn.Module) -> bool:
     """A plain Sequential that calls at least two fused modules one after the other."""
-    if not _is_sequential(module) or "forward" in vars(module):
+    if not is_sequential(module) or "forward" in vars(module):
         return False
     fused = [isinstance(vars(m).get("forward"), FusedForward) for m in _flattened(module._modules.values(), [])]
     return any(a and b for a, b in itertools.pairwise(fused))
@@ -227,14 +236,14 @@ def _flattened(children: Iterable[nn.Module | None], containers: list[nn.Module]
     """`children`, and in place of the Sequentials among them what those call; these are added to `containers`."""
     for child in children:
         assert child is not None
-        if _is_sequential(child) and child._modules and _calls_forward_only(child):
+        if is_sequential(child) and child._modules and calls_forward_only(child):
             containers.append(child)
             yield from _flattened(child._modules.values(), containers)
         else:
             yield child
 
 
-def _is_sequential(module: nn.Module) -> bool:
+def is_sequential(module: nn.Module) -> bool:
     """One that calls its children in their order and does nothing else."""
     return type(module).forward is nn.Sequential.forward and isinstance(vars(module).get("forward"), FusedChain | None)
 
@@ -264,7 +273,7 @@ def runs_at_once(x: Any) -> bool:
     )
 
 
-def _calls_forward_only(child: nn.Module) -> bool:
+def calls_forward_only(child: nn.Module) -> bool:
     """Whether `child(x)` would call its forward and nothing else."""
     return (
         type(child).__call__ is nn.Module.__call__

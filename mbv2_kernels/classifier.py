@@ -56,18 +56,20 @@ class FusedClassifier:
         self.last_run = "cpu", _C.active_tier()
         return _LINEAR(x, weight, bias)
 
-    @staticmethod
-    def _refused(x: Any, weight: Tensor, bias: Tensor | None) -> str | None:
+    def _refused(self, x: Any, weight: Tensor, bias: Tensor | None) -> str | None:
         if not runs_at_once(x) or x.dim() != 2:
             return "the kernel takes [N, features] on the CPU without gradients"
         if x.shape[0] > MOST_ROWS:
             return f"{x.shape[0]} rows, with more than {MOST_ROWS} torch's product is as fast"
+        return self.refused_weights(x.dtype, x.shape[1], weight, bias)
+
+    @staticmethod
+    def refused_weights(dtype: torch.dtype, features: int, weight: Tensor, bias: Tensor | None) -> str | None:
+        """Why the kernel does not take these weights for x [N, features] of `dtype`; None if it does."""
         tensors = (weight,) if bias is None else (weight, bias)
-        if any(type(t) not in _PLAIN or t.dtype is not x.dtype or not t.is_cpu for t in tensors):
+        if any(type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu for t in tensors):
             return "weights of another type or on another device than x"
-        if weight.shape[1] != x.shape[1]:
-            return "x does not fit"
-        return None
+        return None if weight.shape[1] == features else "x does not fit"
 
     def refusal(self) -> str | None:
         """Nothing that could be seen before a call stands against the kernel."""

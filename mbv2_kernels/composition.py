@@ -1,4 +1,4 @@
-"""Reads a method that only calls one submodule after the other: timm's `forward_features`.
+"""Reads methods whose source says that they only call one submodule after the other: timm's `forward_features`.
 
 There a stem's or a head's convolution and norm are attributes of the whole network, with no module around the two that
 could be given another forward. What the network does with them stands in the source of the method and nowhere else, so
@@ -15,15 +15,24 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 
+import torch
 from torch import nn
 
 METHOD = "forward_features"
 FLAG = "grad_checkpointing"
 _FLAG_TEST = f"self.{FLAG} and (not torch.jit.is_scripting())"
+
+
+# torchvision's MobileNetV2 from the picture to the classes.
+NETWORK_METHOD = "_forward_impl"
+_NETWORK = (
+    "{x} = nn.functional.adaptive_avg_pool2d({x}, (1, 1))",
+    "{x} = torch.flatten({x}, 1)",
+)
 
 
 class Refused(Exception):
@@ -79,21 +88,54 @@ def read(owner: nn.Module) -> Composition | None:
     return Composition(owner, tuple(steps), flag)
 
 
-def _definition(function: FunctionType, where: str) -> ast.FunctionDef:
-    """The syntax tree of a method, if its source can be found and compiles to the code that runs."""
+def read_network(owner: nn.Module) -> tuple[str, str] | None:
+    """The names (A, B) of submodules, if `owner._forward_impl` is known to be B(mean over all pixels of A(x))."""
+    function = inspect.getattr_static(type(owner), NETWORK_METHOD, None)
+    if not isinstance(function, FunctionType):
+        return None
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        definition = _definition(function, NETWORK_METHOD)
+    except Refused:
+        return None
+    names, arguments = function.__globals__, definition.args
+    if names.get("torch") is not torch or names.get("nn") is not nn or len(arguments.args) != 2:
+        return None
+    x = arguments.args[1].arg
+    body = definition.body[1:] if ast.get_docstring(definition) is not None else definition.body
+    middle = [_unparsed(line.format(x=x), "exec") for line in _NETWORK]
+    if len(body) != 5 or [ast.unparse(s) for s in body[1:3]] != middle or ast.unparse(body[4]) != f"return {x}":
+        return None
+    first, last = _called(body[0], x), _called(body[3], x)
+    return None if first is None or last is None else (first, last)
+
+
+def _definition(function: FunctionType, where: str) -> ast.FunctionDef:
+    """The syntax tree of a method, if its source can be found and compiles to the code that runs.
+
+    The whole file is compiled: what a call compiles to depends on which names are imported modules.
+    """
+    running = function.__code__
+    line = running.co_firstlineno
+    try:
+        tree = ast.parse("".join(inspect.findsource(function)[0]))
+        code = next((c for c in _codes(compile(tree, "", "exec")) if c.co_firstlineno == line), None)
     except (OSError, TypeError, SyntaxError) as error:
         raise Refused(f"the source of {where} cannot be read: {error}") from error
-    (definition,) = tree.body
-    running = function.__code__
-    codes = [c for c in compile(tree, "", "exec").co_consts if isinstance(c, CodeType) and c.co_name == running.co_name]
-    code = codes[0] if codes else None
-    if not isinstance(definition, ast.FunctionDef) or code is None:
+    definitions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.lineno == line)
+    definition = next(definitions, None)
+    if definition is None or code is None:
         raise Refused(f"the source of {where} cannot be read")
     if (code.co_code, code.co_names, code.co_varnames) != (running.co_code, running.co_names, running.co_varnames):
         raise Refused(f"the source of {where} is not that of the code that runs")
     return definition
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The functions in `code`, and those in them."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _codes(constant)
 
 
 def _called(statement: ast.stmt, x: str) -> str | None:
@@ -105,5 +147,5 @@ def _called(statement: ast.stmt, x: str) -> str | None:
     return None
 
 
-def _unparsed(expression: str) -> str:
-    return ast.unparse(ast.parse(expression, mode="eval"))
+def _unparsed(code: str, mode: str = "eval") -> str:
+    return ast.unparse(ast.parse(code, mode=mode))

@@ -10,9 +10,10 @@ from torch import nn
 
 from .chain import FusedChain, FusedFeatures, has_chain
 from .classifier import ClassifierStructure, FusedClassifier
-from .composition import METHOD
+from .composition import METHOD, NETWORK_METHOD, read_network
 from .fold import memo
 from .fused_forward import TRAINING, FusedForward, FusedLayer, FusedPair
+from .network import FusedNetwork
 from .recognise import LAYER_KINDS, Candidate, LayerStructure, candidates
 from .training_forward import MEMORY
 
@@ -124,6 +125,9 @@ def fuse(
             setattr(module, METHOD, FusedFeatures(own))
         if has_chain(module):
             module.forward = FusedChain(module)
+    for module in model.modules():
+        if NETWORK_METHOD not in vars(module) and (parts := read_network(module)) is not None:
+            setattr(module, NETWORK_METHOD, FusedNetwork(module, *parts))
     memo.clear()  # which makes chains look anew, too
     return model
 
@@ -225,7 +229,7 @@ def _pairs(model: nn.Module) -> list[FusedPair]:
 
 
 def _unfuse_one(module: nn.Module) -> None:
-    for name in ("forward", METHOD):
+    for name in ("forward", METHOD, NETWORK_METHOD):
         if isinstance(vars(module).get(name), FusedForward | FusedChain | FusedClassifier):
             delattr(module, name)
 

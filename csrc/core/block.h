@@ -108,7 +108,8 @@ struct ConvArgs;  // conv.h
 struct ConvLayout;
 struct ConvItem;
 struct LinearArgs;  // linear.h
-struct TrainArgs;   // train.h
+struct PoolArgs;
+struct TrainArgs;  // train.h
 struct TrainLayout;
 struct TrainPlan;
 struct TrainItem;
@@ -124,6 +125,7 @@ struct TierKernels {
   size_t (*conv_scratch_floats)(const ConvArgs&, const ConvLayout&);
   void (*conv_work)(const ConvArgs&, const ConvLayout&, const ConvItem&, float* scratch);
   void (*linear_work)(const LinearArgs&, int64_t output_begin, int64_t output_end);
+  void (*pool_work)(const PoolArgs&);
   size_t (*train_scratch_floats)(const TrainArgs&, const TrainLayout&, const TrainPlan&);
   void (*train_work)(const TrainArgs&, const TrainLayout&, const TrainPlan&, const TrainItem&, const float* packed,
                      float* scratch);

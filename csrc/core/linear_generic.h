@@ -60,3 +60,29 @@ static void linear_work(const LinearArgs& a, int64_t begin, int64_t end) {
       return linear_outputs<F16>(a, begin, end);
   }
 }
+
+template <class Storage>
+static void pool_channels(const PoolArgs& a) {
+  using Element = typename Storage::Element;
+  const V::T scale = V::set(1.0f / static_cast<float>(a.pixels));
+  for (int64_t n = 0; n < a.batch; ++n)
+    for (int64_t c = 0; c < a.channels; c += V::width) {
+      const Element* x = static_cast<const Element*>(a.x) + n * a.pixels * a.channels + c;
+      const int width = static_cast<int>(min64(a.channels - c, V::width));
+      V::T sum = V::set(0);
+      for (int64_t p = 0; p < a.pixels; ++p, x += a.channels)
+        sum = V::add(sum, width == V::width ? Storage::load(x) : Storage::load(x, width));
+      Storage::store(static_cast<Element*>(a.y) + n * a.channels + c, V::fma(sum, scale, V::set(0)), width);
+    }
+}
+
+static void pool_work(const PoolArgs& a) {
+  switch (a.dtype) {
+    case DType::f32:
+      return pool_channels<F32>(a);
+    case DType::bf16:
+      return pool_channels<BF16>(a);
+    case DType::f16:
+      return pool_channels<F16>(a);
+  }
+}

@@ -78,8 +78,8 @@ struct V {
 }  // namespace
 
 extern const TierKernels kernels_avx512;
-const TierKernels kernels_avx512 = {
-    V::width,  V::kMaxPanel, scratch_floats,       work,       finish,    conv_scratch_floats,
-    conv_work, linear_work,  train_scratch_floats, train_work, fma_chains};
+const TierKernels kernels_avx512 = {V::width,  V::kMaxPanel,         scratch_floats, work,
+                                    finish,    conv_scratch_floats,  conv_work,      linear_work,
+                                    pool_work, train_scratch_floats, train_work,     fma_chains};
 
 }  // namespace mbv2

@@ -1,0 +1,86 @@
+"""A whole network as one call: the chain of its features, the mean over all pixels and the classifier.
+
+When a network has run, its weights and activations have passed through the caches once, and what Python and torch need
+for the next call is no longer there: each small operation behind the blocks (pooling, flatten, dropout, the linear
+layer) then costs several times of what it costs in a loop of its own, all of them together as much as a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _C
+from .chain import FusedChain, Plan, Run, calls_forward_only, is_sequential
+from .classifier import MOST_ROWS, FusedClassifier
+from .composition import NETWORK_METHOD
+from .fused_forward import Look
+
+_CLASSIFY = torch.ops.mbv2.chain_classify.default
+
+
+class FusedNetwork(FusedChain):
+    """Stands in for a method that is `classifier(mean over all pixels of features(x))` (see `composition`).
+
+    features, classifier: names of the submodules. Wherever anything but that is to be done, the method runs as ever,
+    and the chain and the classifier in it decide for themselves.
+    """
+
+    def __init__(self, owner: nn.Module, features: str, classifier: str) -> None:
+        super().__init__(owner)
+        self.features = features
+        self.classifier = classifier
+        self._linear: FusedClassifier | None = None  # of the classifier, while a plan holds
+
+    def __call__(self, x: Any) -> Any:
+        few = isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] <= MOST_ROWS
+        return super().__call__(x) if few else self.one_by_one(x)
+
+    def one_by_one(self, x: Any) -> Any:
+        return getattr(type(self.block), NETWORK_METHOD)(self.block, x)
+
+    def children(self) -> list[nn.Module | None]:
+        return [self.block._modules.get(self.features)]
+
+    def is_overridden(self) -> bool:
+        return not self._tail()
+
+    def _tail(self) -> list[nn.Module]:
+        """The classifier's modules, the linear layer last; nothing if they are to do more than that layer does."""
+        top = self.block._modules.get(self.classifier)
+        if top is None or self.block._modules.get(self.features) is None:
+            return []
+        modules = [top, *top._modules.values()] if is_sequential(top) else [top]
+        if not all(isinstance(m, nn.Module) and calls_forward_only(m) for m in modules):
+            return []
+        *before, linear = (m for m in modules if m is not None)
+        drops = before[1:] if is_sequential(top) else []
+        if not isinstance(vars(linear).get("forward"), FusedClassifier):
+            return []
+        if any("forward" in vars(m) for m in before) or any(type(m) is not nn.Dropout or m.training for m in drops):
+            return []
+        return [*before, linear]
+
+    def looks(self) -> Iterator[Look]:
+        yield from super().looks()
+        *before, linear = self._tail()
+        for module in before:
+            settings = (("training", False),) if isinstance(module, nn.Dropout) else ()
+            yield Look(module, True, None, tuple(module._modules.items()), settings)
+        self._linear = vars(linear)["forward"]
+        names = tuple(("_parameters", name) for name in linear._parameters)
+        yield Look(linear, True, self._linear, tensors=names)
+
+    def run(self, plan: Plan, x: Any) -> Any:
+        run, linear = plan.links[0] if len(plan.links) == 1 else None, self._linear
+        if not plan.complete or linear is None or not isinstance(run, Run) or not run.takes(x, plan.dtype):
+            return self.one_by_one(x)
+        weight, bias = linear.block.weight, linear.block.bias
+        if linear.refused_weights(x.dtype, run.out_channels, weight, bias) is not None:
+            return self.one_by_one(x)
+        run.note()
+        linear.last_reason, linear.last_run = None, ("cpu", _C.active_tier())
+        return _CLASSIFY(x, run.packed, run.steps, weight, bias)
