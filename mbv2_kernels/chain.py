@@ -254,15 +254,8 @@ def _is_image(x: Any) -> bool:
 
 def _runs_chains(x: Any) -> bool:
     """Whether x is what the op can take, and nothing is going on that wants to see every block's call."""
-    return _is_image(x) and runs_at_once(x) and not _has_any_global_hook()
-
-
-def runs_at_once(x: Any) -> bool:
-    """Whether a kernel can take x as it is, without a look at what gradients, autocast or a transform want of it."""
     return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.layout is torch.strided
+        _is_image(x)
         and x.dtype in KERNEL_DTYPES
         and not torch.is_grad_enabled()
         and get_backend() in ("auto", "cpu")
@@ -270,6 +263,7 @@ def runs_at_once(x: Any) -> bool:
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
         and peek_interpreter_stack() is None
+        and not _has_any_global_hook()
     )
 
 

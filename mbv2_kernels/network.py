@@ -13,30 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C
 from .chain import FusedChain, Plan, Run, calls_forward_only, is_sequential
-from .classifier import MOST_ROWS, FusedClassifier
 from .composition import NETWORK_METHOD
 from .fused_forward import Look
 
+MOST_IMAGES = 8  # for more a product in register tiles, which torch's is, is as fast as the op's or faster
+
 _CLASSIFY = torch.ops.mbv2.chain_classify.default
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class FusedNetwork(FusedChain):
     """Stands in for a method that is `classifier(mean over all pixels of features(x))` (see `composition`).
 
-    features, classifier: names of the submodules. Wherever anything but that is to be done, the method runs as ever,
-    and the chain and the classifier in it decide for themselves.
+    features, classifier: names of the submodules. Wherever anything but that is to be done, and for more than a few
+    images, the method runs as ever, and the chain in it decides for itself.
     """
 
     def __init__(self, owner: nn.Module, features: str, classifier: str) -> None:
         super().__init__(owner)
         self.features = features
         self.classifier = classifier
-        self._linear: FusedClassifier | None = None  # of the classifier, while a plan holds
+        self._linear: nn.Linear | None = None  # of the classifier, while a plan holds
 
     def __call__(self, x: Any) -> Any:
-        few = isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] <= MOST_ROWS
+        few = isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] <= MOST_IMAGES
         return super().__call__(x) if few else self.one_by_one(x)
 
     def one_by_one(self, x: Any) -> Any:
@@ -54,13 +55,11 @@ class FusedNetwork(FusedChain):
         if top is None or self.block._modules.get(self.features) is None:
             return []
         modules = [top, *top._modules.values()] if is_sequential(top) else [top]
-        if not all(isinstance(m, nn.Module) and calls_forward_only(m) for m in modules):
+        if not all(isinstance(m, nn.Module) and calls_forward_only(m) and "forward" not in vars(m) for m in modules):
             return []
         *before, linear = (m for m in modules if m is not None)
         drops = before[1:] if is_sequential(top) else []
-        if not isinstance(vars(linear).get("forward"), FusedClassifier):
-            return []
-        if any("forward" in vars(m) for m in before) or any(type(m) is not nn.Dropout or m.training for m in drops):
+        if type(linear) is not nn.Linear or any(type(m) is not nn.Dropout or m.training for m in drops):
             return []
         return [*before, linear]
 
@@ -70,17 +69,19 @@ class FusedNetwork(FusedChain):
         for module in before:
             settings = (("training", False),) if isinstance(module, nn.Dropout) else ()
             yield Look(module, True, None, tuple(module._modules.items()), settings)
-        self._linear = vars(linear)["forward"]
-        names = tuple(("_parameters", name) for name in linear._parameters)
-        yield Look(linear, True, self._linear, tensors=names)
+        assert isinstance(linear, nn.Linear)
+        self._linear = linear
+        yield Look(linear, True, None, tensors=tuple(("_parameters", name) for name in linear._parameters))
 
     def run(self, plan: Plan, x: Any) -> Any:
         run, linear = plan.links[0] if len(plan.links) == 1 else None, self._linear
         if not plan.complete or linear is None or not isinstance(run, Run) or not run.takes(x, plan.dtype):
             return self.one_by_one(x)
-        weight, bias = linear.block.weight, linear.block.bias
-        if linear.refused_weights(x.dtype, run.out_channels, weight, bias) is not None:
+        weight, bias = linear.weight, linear.bias
+        tensors = (weight,) if bias is None else (weight, bias)
+        if weight.dim() != 2 or weight.shape[1] != run.out_channels:
+            return self.one_by_one(x)
+        if any(type(t) not in _PLAIN or t.dtype is not x.dtype or not t.is_cpu for t in tensors):
             return self.one_by_one(x)
         run.note()
-        linear.last_reason, linear.last_run = None, ("cpu", _C.active_tier())
         return _CLASSIFY(x, run.packed, run.steps, weight, bias)

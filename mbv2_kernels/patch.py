@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from .chain import FusedChain, FusedFeatures, has_chain
-from .classifier import ClassifierStructure, FusedClassifier
 from .composition import METHOD, NETWORK_METHOD, read_network
 from .fold import memo
 from .fused_forward import TRAINING, FusedForward, FusedLayer, FusedPair
-from .network import FusedNetwork
+from .network import MOST_IMAGES, FusedNetwork
 from .recognise import LAYER_KINDS, Candidate, LayerStructure, candidates
 from .training_forward import MEMORY
 
@@ -24,7 +23,7 @@ ORIGINAL = "original modules"  # the `backend` of a row whose block last ran unf
 class FusionRow:
     """One block of a model or one dense layer around its blocks, or what looked like one.
 
-    path: as in `model.named_modules()`. kind: inverted_residual, depthwise_separable, stem, head or classifier.
+    path: as in `model.named_modules()`. kind: inverted_residual, depthwise_separable, stem or head.
     fused: calls run the fused kernel. reason: why not, or why the original modules run at the moment.
     backend, tier: what last ran it ("cpu" and "avx2"; "original modules"), None before the first call.
     """
@@ -40,9 +39,13 @@ class FusionRow:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """The rows of `summary`, in the order of the model; `str()` is a table."""
+    """The rows of `summary`, in the order of the model; `str()` is a table.
+
+    networks: paths of modules whose features, mean over all pixels and classifier are one call for a few images.
+    """
 
     rows: tuple[FusionRow, ...]
+    networks: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[FusionRow]:
         return iter(self.rows)
@@ -67,6 +70,8 @@ class FusionReport:
         count = f"{sum(row.fused for row in blocks)} of {len(blocks)} blocks fused"
         if layers:
             count += f", {sum(row.fused for row in layers)} of {len(layers)} layers around them"
+        for path in self.networks:
+            count += f"\n{path or '(root)'}: one call from images to classes, for up to {MOST_IMAGES} images on CPUs"
         return "\n".join([*table, count])
 
 
@@ -79,10 +84,10 @@ def fuse(
 ) -> nn.Module:
     """Makes every block of `model` that the fused kernel computes exactly run fused, in place; returns `model`.
 
-    So do the stem and the head, dense convolutions with BatchNorm and activation in a module of their own (on CPUs),
-    and for a few images at a time the classifier, `nn.Linear` behind the last convolution.
+    So do the stem and the head, dense convolutions with BatchNorm and activation in a module of their own (on CPUs).
     An `nn.Sequential` with several of them next to each other runs them by one call (see `chain`), and so does a
-    network whose `forward_features` only calls its submodules in a row (timm).
+    network whose `forward_features` only calls its submodules in a row (timm). A network whose `_forward_impl` only
+    takes the mean of its features and classifies it (torchvision's MobileNetV2) is one call, for a few images.
 
     Found by structure (see `recognise`) and confirmed by running each block once on small inputs. Class, path,
     submodules, parameters, `state_dict`, hooks of the block stay; `unfuse` undoes it. The original modules run whenever
@@ -94,7 +99,7 @@ def fuse(
     Args:
         filter_fn: called with (module, path) for every candidate; those it returns False for are left as they are.
         strict: raise RuntimeError, before anything is changed, if there is nothing to fuse or a block cannot be fused
-            (a stem, head or classifier that cannot is no reason: what they cost is small).
+            (a stem or head that cannot is no reason: what they cost is small).
         memory: what training keeps for backward, beside each block's input and its output before the last BatchNorm.
             "fast": what the depthwise convolution gave; "lean": nothing, it is computed again.
 
@@ -141,25 +146,25 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def summary(model: nn.Module) -> FusionReport:
-    """What `fuse` did to each block and layer around them, what last ran it, and why the others were refused."""
+    """What `fuse` did to each block, stem and head of `model`, what last ran it, and why the others were refused."""
     _check_module("summary", model)
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
-    pairs = {pair.layer.conv: pair for pair in _pairs(model)}
+    pairs: dict[nn.Module, FusedPair] = {pair.layer.conv: pair for pair in _pairs(model)}
     fused = {path: (m, f) for path, m in model.named_modules() if (f := pairs.get(m) or _fused_forward(m)) is not None}
-    layers = [layer for _, f in fused.values() for layer in _layers(f)]
+    convs = [layer.conv for _, f in fused.values() for layer in f.layers if layer is not None]
     rows = [_fused_row(path, module, forward) for path, (module, forward) in fused.items()]
-    rows += [_unfused_row(c) for c in candidates(model, ignore=layers)]
-    return FusionReport(tuple(sorted(rows, key=lambda row: order[row.path])))
+    rows += [_unfused_row(c) for c in candidates(model, ignore=convs)]
+    networks = tuple(path for path, m in model.named_modules() if isinstance(vars(m).get(NETWORK_METHOD), FusedNetwork))
+    return FusionReport(tuple(sorted(rows, key=lambda row: order[row.path])), networks)
 
 
 def fused_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """What takes images and runs fused in `model`, by the paths that `summary` shows.
+    """What runs fused in `model`, by the paths that `summary` shows.
 
     A convolution and a norm that their network calls in a row are a Sequential, which is no part of `model`.
     """
     pairs: dict[nn.Module, nn.Module] = {pair.layer.conv: pair.block for pair in _pairs(model)}
-    rows = [row for row in summary(model) if row.fused and row.kind != "classifier"]
-    modules = {row.path: model.get_submodule(row.path) for row in rows}
+    modules = {row.path: model.get_submodule(row.path) for row in summary(model) if row.fused}
     return {path: pairs.get(module, module) for path, module in modules.items()}
 
 
@@ -171,7 +176,7 @@ def unfused_part(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict((name, owner.get_submodule(name)) for name in part._modules))
 
 
-def _fused_row(path: str, module: nn.Module, forward: FusedForward | FusedClassifier) -> FusionRow:
+def _fused_row(path: str, module: nn.Module, forward: FusedForward) -> FusionRow:
     refusal = forward.refusal()
     fused = refusal is None or refusal.startswith(TRAINING)
     reason = refusal or forward.last_reason or ""
@@ -202,25 +207,17 @@ def _check_all_fusable(chosen: list[Candidate]) -> None:
         raise RuntimeError("\n".join([head, *lines]))
 
 
-def _forward_of(candidate: Candidate, memory: str) -> FusedForward | FusedClassifier:
+def _forward_of(candidate: Candidate, memory: str) -> FusedForward:
     structure = candidate.structure
     assert structure is not None
-    if isinstance(structure, ClassifierStructure):
-        return FusedClassifier(structure, candidate.path)
     if isinstance(structure, LayerStructure):
         return (FusedLayer if structure.composition is None else FusedPair)(structure, candidate.path)
     return FusedForward(structure, candidate.path, memory)
 
 
-def _fused_forward(module: nn.Module) -> FusedForward | FusedClassifier | None:
+def _fused_forward(module: nn.Module) -> FusedForward | None:
     forward = vars(module).get("forward")
-    return forward if isinstance(forward, FusedForward | FusedClassifier) else None
-
-
-def _layers(forward: FusedForward | FusedClassifier) -> list[nn.Module]:
-    if isinstance(forward, FusedClassifier):
-        return [forward.block]
-    return [layer.conv for layer in forward.layers if layer is not None]
+    return forward if isinstance(forward, FusedForward) else None
 
 
 def _pairs(model: nn.Module) -> list[FusedPair]:
@@ -230,7 +227,7 @@ def _pairs(model: nn.Module) -> list[FusedPair]:
 
 def _unfuse_one(module: nn.Module) -> None:
     for name in ("forward", METHOD, NETWORK_METHOD):
-        if isinstance(vars(module).get(name), FusedForward | FusedChain | FusedClassifier):
+        if isinstance(vars(module).get(name), FusedForward | FusedChain):
             delattr(module, name)
 
 

@@ -12,10 +12,9 @@ its own, and these are taken by their form, not by their place:
     stem    k x k convolution of a picture (at most 4 channels)
     head    1x1 convolution, wherever it is no part of a block
 
-and behind the last convolution any `nn.Linear` (`classifier`). Only in networks with a depthwise convolution somewhere,
-others are not what this package is for; or where the model is one such layer and nothing else. Where convolution and
-norm are attributes of the network itself, the network's own method may say that it calls one after the other
-(`composition`).
+Only in networks with a depthwise convolution somewhere, others are not what this package is for; or where the model is
+one such layer and nothing else. Where convolution and norm are attributes of the network itself, the network's own
+method may say that it calls one after the other (`composition`).
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import probe
 from .chain import FusedFeatures
-from .classifier import ClassifierStructure, FusedClassifier
 from .composition import METHOD, Composition, Refused
 from .composition import read as read_composition
 from .functional import BlockConfig, LayerConfig
@@ -40,7 +38,7 @@ from .functional import BlockConfig, LayerConfig
 KERNEL_SIZES = (3, 5, 7)  # what networks use; larger ones (ConvNeXt) are other blocks with other norms
 STRIDES = (1, 2)
 PICTURE_CHANNELS = 4  # at most, of what a stem takes
-LAYER_KINDS = ("stem", "head", "classifier")
+LAYER_KINDS = ("stem", "head")
 
 
 class ConvNorm(NamedTuple):
@@ -115,12 +113,12 @@ Structure = BlockStructure | LayerStructure
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that looks like a block or a layer around them: `structure` if it can be fused, else `reason`."""
+    """A module that looks like a block, a stem or a head: `structure` if it can be fused, else `reason`."""
 
     path: str
     module: nn.Module
     kind: str
-    structure: Structure | ClassifierStructure | None
+    structure: Structure | None
     reason: str
 
 
@@ -128,12 +126,11 @@ def candidates(model: nn.Module, *, ignore: Collection[nn.Module] = ()) -> list[
     """All candidates of `model` in the order of `model.named_modules()`.
 
     Nothing is changed, on the model or on the global random state; fusable blocks are run once on small inputs, as
-    fp64 copies on the CPU. Convolutions and linear layers in `ignore` are passed over.
+    fp64 copies on the CPU. Convolutions in `ignore` are passed over.
     """
     graph, ignored = _Graph(model), frozenset(map(id, ignore))
     found = {c.module: c for c in _find_blocks(graph, ignored)}
     found.update({c.module: c for c in _find_layers(graph, ignored, list(found))})
-    found.update({c.module: c for c in _find_classifiers(graph, ignored)})
     order = {module: index for index, module in enumerate(graph.paths)}
     return sorted(found.values(), key=lambda c: order[c.module])
 
@@ -488,19 +485,6 @@ def _find_layers(graph: _Graph, ignore: frozenset[int], blocks: list[nn.Module])
             candidate = _layer_around(graph, module)
             if candidate is not None:
                 yield candidate
-
-
-def _find_classifiers(graph: _Graph, ignore: frozenset[int]) -> Iterator[Candidate]:
-    modules = list(graph.paths)
-    convs = [index for index, module in enumerate(modules) if isinstance(module, nn.Conv2d)]
-    if not any(graph.depthwise.values()):
-        return
-    for module in modules[convs[-1] + 1 :]:
-        if type(module) is nn.Linear and id(module) not in ignore:
-            replaced = not isinstance(vars(module).get("forward"), FusedClassifier | None)
-            reason = "its forward was replaced on the instance by other code" if replaced else ""
-            structure = None if replaced else ClassifierStructure(module)
-            yield Candidate(graph.paths[module], module, "classifier", structure, reason)
 
 
 def _layer_around(graph: _Graph, conv: nn.Conv2d) -> Candidate | None:
