@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "core/train.h"
+#include "core/train_norm.h"
 #include "parallel.h"
 
 namespace {
@@ -18,7 +19,10 @@ using mbv2::check_tensor;
 using mbv2::clamp_of;
 using mbv2::empty;
 using mbv2::empty_image;
+using mbv2::LinearNorm;
 using mbv2::MemoryFormat;
+using mbv2::Norm;
+using mbv2::NormSums;
 using mbv2::OptionalTensor;
 using mbv2::out_size;
 using mbv2::ScalarType;
@@ -29,6 +33,64 @@ using mbv2::TrainArgs;
 using mbv2::TrainPhase;
 
 Tensor none(ScalarType type) { return empty({0}, {1}, type); }
+
+template <class T>
+Tensor result(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype,
+              T** pointer) {
+  Tensor t = empty(sizes, strides, dtype);
+  *pointer = static_cast<T*>(t.mutable_data_ptr());
+  return t;
+}
+Tensor doubles(int64_t channels, double** pointer) { return result({channels}, {1}, ScalarType::Double, pointer); }
+Tensor floats(int64_t channels, float** pointer) { return result({channels}, {1}, ScalarType::Float, pointer); }
+Tensor new_statistics(int64_t channels, double** pointer) {
+  return result({3, channels}, {channels, 1}, ScalarType::Double, pointer);
+}
+
+// Contiguous vectors and matrices on the CPU, with the copies that this took.
+class Vectors {
+ public:
+  const float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+    return static_cast<const float*>(data(name, t, sizes, ScalarType::Float, "float32"));
+  }
+  const double* doubles(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+    return static_cast<const double*>(data(name, t, sizes, ScalarType::Double, "float64"));
+  }
+  Norm norm(const Tensor& statistics, const Tensor& gamma, const Tensor* beta, double eps) {
+    check(statistics.dim() == 2 && (statistics.size(0) == 2 || statistics.size(0) == 3),
+          "statistics must be [3, channels], or fixed ones [2, channels], got ", shape_of(statistics));
+    const int64_t channels = statistics.size(1);
+    return {channels,
+            doubles("statistics", statistics, {statistics.size(0), channels}),
+            statistics.size(0) == 2,
+            floats("gamma", gamma, {channels}),
+            beta ? floats("beta", *beta, {channels}) : nullptr,
+            eps};
+  }
+  LinearNorm linear(const Tensor& weight, const Norm& norm) {
+    check(weight.dim() == 2, "weight must be [channels, in], got ", shape_of(weight));
+    return {norm, weight.size(1), floats("weight", weight, {norm.channels, weight.size(1)})};
+  }
+  NormSums sums(int64_t channels, const Tensor& g, const Tensor& gv, const Tensor& all_g, const Tensor& all_gv) {
+    return {doubles("sum_g", g, {channels}), doubles("sum_gv", gv, {channels}), doubles("all_g", all_g, {channels}),
+            doubles("all_gv", all_gv, {channels})};
+  }
+
+ private:
+  const void* data(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType type,
+                   const char* type_name) {
+    bool same = t.is_cpu() && t.scalar_type() == type && t.dim() == static_cast<int64_t>(sizes.size());
+    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == sizes.begin()[i];
+    if (!same) {
+      std::ostringstream expected;
+      for (int64_t size : sizes) expected << (expected.str().empty() ? "" : ", ") << size;
+      check(false, name, " must be a ", type_name, " CPU tensor [", expected.str(), "], got shape ", shape_of(t));
+    }
+    held_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+    return held_.back().const_data_ptr();
+  }
+  std::vector<Tensor> held_;
+};
 
 // A phase's arguments while they are collected, with the tensors that they point into.
 class Phase {
@@ -46,14 +108,7 @@ class Phase {
   }
 
   const float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-    bool same = t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == static_cast<int64_t>(sizes.size());
-    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == sizes.begin()[i];
-    if (!same) {
-      std::ostringstream expected;
-      for (int64_t size : sizes) expected << (expected.str().empty() ? "" : ", ") << size;
-      check(false, name, " must be a float32 CPU tensor [", expected.str(), "], got shape ", shape_of(t));
-    }
-    return static_cast<const float*>(data(t.is_contiguous() ? t : torch::stable::contiguous(t)));
+    return vectors_.floats(name, t, sizes);
   }
   const float* floats(const char* name, const OptionalTensor& t, std::initializer_list<int64_t> sizes) {
     return t ? floats(name, *t, sizes) : nullptr;
@@ -124,20 +179,11 @@ class Phase {
     a.w2 = floats("w2", w2, {a.dims.out_channels, channels});
   }
 
-  Tensor sums(int64_t channels, double** pointer) { return result({channels}, {1}, ScalarType::Double, pointer); }
   Tensor new_image(int64_t channels, int64_t height, int64_t width, ScalarType dtype, void** pointer) {
     Tensor t = empty_image(a.batch, channels, height, width, dtype);
     *pointer = t.mutable_data_ptr();
     return t;
   }
-  template <class T>
-  Tensor result(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype,
-                T** pointer) {
-    Tensor t = empty(sizes, strides, dtype);
-    *pointer = static_cast<T*>(t.mutable_data_ptr());
-    return t;
-  }
-
   void run() const {
     const Tier tier = mbv2::active_tier();
     mbv2::run_train(a, tier, mbv2::torch_parallel());
@@ -157,14 +203,15 @@ class Phase {
     return t.const_data_ptr();
   }
   std::vector<Tensor> held_;
+  Vectors vectors_;
 };
 
 std::tuple<Tensor, Tensor> train_gram(Tensor x) {
   Phase p(TrainPhase::gram);
   p.input(x);
   const int64_t channels = x.size(1);
-  Tensor sum = p.sums(channels, &p.a.sum);
-  Tensor gram = p.result({channels, channels}, {channels, 1}, ScalarType::Double, &p.a.gram);
+  Tensor sum = doubles(channels, &p.a.sum);
+  Tensor gram = result({channels, channels}, {channels, 1}, ScalarType::Double, &p.a.gram);
   p.run();
   return {sum, gram};
 }
@@ -176,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> train_depthwise(Tensor x, OptionalTensor w1, 
   p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
   const int64_t channels = wd.size(0);
   Tensor d = keep ? p.new_image(channels, p.a.out_height, p.a.out_width, p.type, &p.a.d_out) : none(p.type);
-  Tensor sum = p.sums(channels, &p.a.sum), squares = p.sums(channels, &p.a.sum_product);
+  Tensor sum = doubles(channels, &p.a.sum), squares = doubles(channels, &p.a.sum_product);
   p.run();
   return {d, sum, squares};
 }
@@ -189,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> train_project(Tensor x, OptionalTensor d, Opt
   p.project(d, scale2, shift2, w2);
   const int64_t channels = w2.size(0);
   Tensor z = p.new_image(channels, p.a.out_height, p.a.out_width, p.type, &p.a.z_out);
-  Tensor sum = p.sums(channels, &p.a.sum), squares = p.sums(channels, &p.a.sum_product);
+  Tensor sum = doubles(channels, &p.a.sum), squares = doubles(channels, &p.a.sum_product);
   p.run();
   return {z, sum, squares};
 }
@@ -208,7 +255,7 @@ std::tuple<Tensor, Tensor> train_finish_backward(Tensor gy, Tensor z, Tensor sca
   Phase p(TrainPhase::finish_backward);
   p.output(z, scale3, shift3, final_activation);
   p.gradient(gy);
-  Tensor sum = p.sums(z.size(1), &p.a.sum), product = p.sums(z.size(1), &p.a.sum_product);
+  Tensor sum = doubles(z.size(1), &p.a.sum), product = doubles(z.size(1), &p.a.sum_product);
   p.run();
   return {sum, product};
 }
@@ -233,9 +280,9 @@ std::tuple<Tensor, Tensor, Tensor> train_project_backward(Tensor gy, Tensor z, T
   p.a.a3 = p.floats("a3", a3, {out});
   p.a.b3 = p.floats("b3", b3, {out});
   p.a.c3 = p.floats("c3", c3, {out});
-  Tensor gw2 = needs[0] ? p.result({out, hidden}, {hidden, 1}, ScalarType::Float, &p.a.gw2) : none(ScalarType::Float);
-  Tensor sum = needs[1] ? p.sums(hidden, &p.a.sum) : none(ScalarType::Double);
-  Tensor product = needs[1] ? p.sums(hidden, &p.a.sum_product) : none(ScalarType::Double);
+  Tensor gw2 = needs[0] ? result({out, hidden}, {hidden, 1}, ScalarType::Float, &p.a.gw2) : none(ScalarType::Float);
+  Tensor sum = needs[1] ? doubles(hidden, &p.a.sum) : none(ScalarType::Double);
+  Tensor product = needs[1] ? doubles(hidden, &p.a.sum_product) : none(ScalarType::Double);
   if (needs[0] || needs[1]) p.run();
   return {gw2, sum, product};
 }
@@ -266,12 +313,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_depthwise_backward(
     p.a.g_out = static_cast<float*>(pointer);
   }
   if (needs[0] && w1) {
-    t = p.result({hidden, in}, {in, 1}, ScalarType::Float, &p.a.t);
-    sum = p.sums(hidden, &p.a.sum);
+    t = result({hidden, in}, {in, 1}, ScalarType::Float, &p.a.t);
+    sum = doubles(hidden, &p.a.sum);
   }
   if (needs[1]) {
-    gwd = p.result({hidden, 1, kernel, kernel}, {kernel * kernel, kernel * kernel, kernel, 1}, ScalarType::Float,
-                   &p.a.gwd);
+    gwd =
+        result({hidden, 1, kernel, kernel}, {kernel * kernel, kernel * kernel, kernel, 1}, ScalarType::Float, &p.a.gwd);
   }
   if (needs[0] || needs[1]) p.run();
   return {g, gwd, t, sum};
@@ -293,6 +340,97 @@ Tensor train_input_backward(Tensor g, Tensor x, OptionalTensor m, OptionalTensor
   Tensor gx = p.new_image(channels, x.size(2), x.size(3), p.type, &p.a.gx);
   p.run();
   return gx;
+}
+
+// ---- Between the phases: BatchNorm ----------------------------------------------------------------------------------
+
+Tensor train_statistics(Tensor total, Tensor squares, Tensor pixels) {
+  Vectors v;
+  check(total.dim() == 1, "total must be [channels], got ", shape_of(total));
+  const int64_t channels = total.size(0);
+  double* out;
+  Tensor statistics = new_statistics(channels, &out);
+  mbv2::statistics(channels, v.doubles("total", total, {channels}), v.doubles("squares", squares, {channels}),
+                   *v.doubles("pixels", pixels, {1}), out);
+  return statistics;
+}
+
+std::tuple<Tensor, Tensor> train_linear_statistics(Tensor weight, Tensor sum_x, Tensor gram, Tensor pixels) {
+  Vectors v;
+  Norm norm = {};
+  norm.channels = weight.size(0);
+  const LinearNorm linear = v.linear(weight, norm);
+  const int64_t in = linear.in_channels;
+  double *out, *mean;
+  Tensor statistics = new_statistics(norm.channels, &out), mean_x = doubles(in, &mean);
+  mbv2::linear_statistics(linear, v.doubles("sum_x", sum_x, {in}), v.doubles("gram", gram, {in, in}),
+                          *v.doubles("pixels", pixels, {1}), mbv2::active_tier(), mbv2::torch_parallel(), out, mean);
+  return {statistics, mean_x};
+}
+
+std::tuple<Tensor, Tensor> train_norm(Tensor statistics, Tensor gamma, Tensor beta, double eps) {
+  Vectors v;
+  const Norm norm = v.norm(statistics, gamma, &beta, eps);
+  float *scale, *shift;
+  Tensor scales = floats(norm.channels, &scale), shifts = floats(norm.channels, &shift);
+  mbv2::norm(norm, scale, shift);
+  return {scales, shifts};
+}
+
+std::tuple<Tensor, Tensor> train_fold_expand(Tensor weight, Tensor statistics, Tensor gamma, Tensor beta, double eps,
+                                             Tensor mean_x) {
+  Vectors v;
+  const LinearNorm linear = v.linear(weight, v.norm(statistics, gamma, &beta, eps));
+  const int64_t channels = linear.norm.channels, in = linear.in_channels;
+  float *w1, *b1;
+  Tensor weights = result({channels, in}, {in, 1}, ScalarType::Float, &w1), biases = floats(channels, &b1);
+  mbv2::fold(linear, linear.norm.fixed ? nullptr : v.doubles("mean_x", mean_x, {in}), w1, b1);
+  return {weights, biases};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_norm_backward(Tensor statistics, Tensor gamma,
+                                                                               double eps, Tensor sum_g, Tensor sum_gv,
+                                                                               Tensor all_g, Tensor all_gv) {
+  Vectors v;
+  const Norm norm = v.norm(statistics, gamma, nullptr, eps);
+  mbv2::NormGradients out;
+  Tensor a = floats(norm.channels, &out.a), b = floats(norm.channels, &out.b), c = floats(norm.channels, &out.c);
+  Tensor bias = floats(norm.channels, &out.bias), gradient_gamma = floats(norm.channels, &out.gamma);
+  Tensor beta = floats(norm.channels, &out.beta);
+  mbv2::norm_backward(norm, v.sums(norm.channels, sum_g, sum_gv, all_g, all_gv), out);
+  return {a, b, c, bias, gradient_gamma, beta};
+}
+
+Tensor train_linear_sums(Tensor weight, Tensor t) {
+  Vectors v;
+  Norm norm = {};
+  norm.channels = weight.size(0);
+  const LinearNorm linear = v.linear(weight, norm);
+  double* out;
+  Tensor sums = doubles(norm.channels, &out);
+  mbv2::linear_sums(linear, v.floats("t", t, {norm.channels, linear.in_channels}), out);
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_expand_backward(
+    Tensor weight, Tensor w1, Tensor statistics, Tensor gamma, double eps, Tensor t, Tensor sum_g, Tensor sum_gv,
+    Tensor all_g, Tensor all_gv, Tensor sum_x, Tensor gram, Tensor mean_x) {
+  Vectors v;
+  const LinearNorm linear = v.linear(weight, v.norm(statistics, gamma, nullptr, eps));
+  const int64_t channels = linear.norm.channels, in = linear.in_channels;
+  mbv2::LinearGradients out = {};
+  Tensor weights = result({channels, in}, {in, 1}, ScalarType::Float, &out.weight);
+  Tensor bias = floats(channels, &out.norm.bias), gradient_gamma = floats(channels, &out.norm.gamma);
+  Tensor beta = floats(channels, &out.norm.beta);
+  const bool fixed = linear.norm.fixed;
+  Tensor m = fixed ? none(ScalarType::Float) : result({in, in}, {in, 1}, ScalarType::Float, &out.m);
+  Tensor c0 = fixed ? none(ScalarType::Float) : floats(in, &out.c0);
+  mbv2::linear_backward(
+      linear, v.floats("w1", w1, {channels, in}), v.floats("t", t, {channels, in}),
+      v.sums(channels, sum_g, sum_gv, all_g, all_gv), fixed ? nullptr : v.doubles("sum_x", sum_x, {in}),
+      fixed ? nullptr : v.doubles("gram", gram, {in, in}), fixed ? nullptr : v.doubles("mean_x", mean_x, {in}),
+      mbv2::active_tier(), mbv2::torch_parallel(), out);
+  return {weights, bias, gradient_gamma, beta, m, c0};
 }
 
 }  // namespace
@@ -319,6 +457,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mbv2, m) {
       "Tensor a2, Tensor b2, Tensor c2, Tensor w2, int stride, int padding, int dilation, str activation, "
       "bool[2] needs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("train_input_backward(Tensor g, Tensor x, Tensor? m, Tensor? c0, Tensor? gy) -> Tensor");
+  m.def("train_statistics(Tensor total, Tensor squares, Tensor pixels) -> Tensor");
+  m.def("train_linear_statistics(Tensor weight, Tensor sum_x, Tensor gram, Tensor pixels) -> (Tensor, Tensor)");
+  m.def("train_norm(Tensor statistics, Tensor gamma, Tensor beta, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "train_fold_expand(Tensor weight, Tensor statistics, Tensor gamma, Tensor beta, float eps, Tensor mean_x) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "train_norm_backward(Tensor statistics, Tensor gamma, float eps, Tensor sum_g, Tensor sum_gv, Tensor all_g, "
+      "Tensor all_gv) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("train_linear_sums(Tensor weight, Tensor t) -> Tensor");
+  m.def(
+      "train_expand_backward(Tensor weight, Tensor w1, Tensor statistics, Tensor gamma, float eps, Tensor t, "
+      "Tensor sum_g, Tensor sum_gv, Tensor all_g, Tensor all_gv, Tensor sum_x, Tensor gram, Tensor mean_x) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
@@ -330,4 +482,11 @@ STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
   m.impl("train_project_backward", TORCH_BOX(&train_project_backward));
   m.impl("train_depthwise_backward", TORCH_BOX(&train_depthwise_backward));
   m.impl("train_input_backward", TORCH_BOX(&train_input_backward));
+  m.impl("train_statistics", TORCH_BOX(&train_statistics));
+  m.impl("train_linear_statistics", TORCH_BOX(&train_linear_statistics));
+  m.impl("train_norm", TORCH_BOX(&train_norm));
+  m.impl("train_fold_expand", TORCH_BOX(&train_fold_expand));
+  m.impl("train_norm_backward", TORCH_BOX(&train_norm_backward));
+  m.impl("train_linear_sums", TORCH_BOX(&train_linear_sums));
+  m.impl("train_expand_backward", TORCH_BOX(&train_expand_backward));
 }

@@ -183,6 +183,43 @@ def _(g: Tensor, x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
+@torch.library.register_fake("mbv2::train_statistics", lib=_LIBRARY)
+def _(total: Tensor, *_: Any) -> Tensor:
+    return total.new_empty(3, len(total))
+
+
+@torch.library.register_fake("mbv2::train_linear_statistics", lib=_LIBRARY)
+def _(weight: Tensor, sum_x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return sum_x.new_empty(3, len(weight)), torch.empty_like(sum_x)
+
+
+@torch.library.register_fake("mbv2::train_norm", lib=_LIBRARY)
+def _(statistics: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(gamma), torch.empty_like(gamma)
+
+
+@torch.library.register_fake("mbv2::train_fold_expand", lib=_LIBRARY)
+def _(weight: Tensor, statistics: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(weight), torch.empty_like(gamma)
+
+
+@torch.library.register_fake("mbv2::train_norm_backward", lib=_LIBRARY)
+def _(statistics: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(gamma) for _ in range(6))
+
+
+@torch.library.register_fake("mbv2::train_linear_sums", lib=_LIBRARY)
+def _(weight: Tensor, t: Tensor) -> Tensor:
+    return _sums(weight, len(weight))
+
+
+@torch.library.register_fake("mbv2::train_expand_backward", lib=_LIBRARY)
+def _(weight: Tensor, w1: Tensor, statistics: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    in_channels = weight.shape[1] if statistics.shape[0] == 3 else 0
+    m = weight.new_empty((in_channels, in_channels) if in_channels else 0)
+    return torch.empty_like(weight), *(torch.empty_like(gamma) for _ in range(3)), m, weight.new_empty(in_channels)
+
+
 def _fake_image(x: Tensor, channels: int, wd: Tensor, config: list[Any]) -> Tensor:
     stride, padding, dilation, activation = config
     return _fake_output(x, channels, wd.shape[-1], BlockConfig(stride, padding, dilation, activation, "none", False))

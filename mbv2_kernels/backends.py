@@ -46,7 +46,17 @@ PHASES = (
     "train_depthwise_backward",
     "train_input_backward",
 )
-_PHASE_OPS = SimpleNamespace(**{name: getattr(torch.ops.mbv2, name).default for name in PHASES})
+#: The arithmetic between them.
+BETWEEN_PHASES = (
+    "train_statistics",
+    "train_linear_statistics",
+    "train_norm",
+    "train_fold_expand",
+    "train_norm_backward",
+    "train_linear_sums",
+    "train_expand_backward",
+)
+_PHASE_OPS = SimpleNamespace(**{name: getattr(torch.ops.mbv2, name).default for name in PHASES + BETWEEN_PHASES})
 
 _logger = logging.getLogger("mbv2_kernels")
 _backend = "auto"
@@ -142,7 +152,7 @@ def packed_layer(layer: Layer, eps: float) -> tuple[Any, ...]:
 
 
 def train_phases(x: Tensor, tensors: BlockTensors) -> Any:
-    """What computes the phases of a training step on x: an object with functions named as in `training_reference`."""
+    """What computes a training step on x, phases and between them: functions named as in `training_reference`."""
     phases, run = _select_phases(x)
     memo.note(tensors, run)
     return phases
@@ -283,15 +293,18 @@ def _triton_ops() -> tuple[ModuleType | None, str]:
 
 
 @functools.cache
-def _triton_phases() -> tuple[ModuleType | None, str]:
-    """The Triton kernels for training, and the reason if they cannot run."""
+def _triton_phases() -> tuple[SimpleNamespace | None, str]:
+    """The Triton kernels for training, and the reason if they cannot run. Between them torch's operations are few and
+    small enough for a GPU."""
     ops, reason = _triton_ops()
     if ops is None:
         return None, reason
     try:
-        return importlib.import_module(".triton.training_ops", __package__), ""
+        phases = importlib.import_module(".triton.training_ops", __package__)
     except ImportError as error:
         return None, str(error)
+    between = {name: getattr(training_reference, name) for name in BETWEEN_PHASES}
+    return SimpleNamespace(**{name: getattr(phases, name) for name in PHASES}, **between), ""
 
 
 def _warn_once(message: str) -> None:

@@ -1,8 +1,8 @@
-"""A block with batch statistics, forward and backward: the chain of phases, and the arithmetic between them.
+"""A block with batch statistics, forward and backward: the chain of phases, and of the arithmetic between them.
 
-A phase sweeps over images (`backends.train_phases` picks who computes it, `training_reference` says what). Between two
-phases stands arithmetic on vectors [channels], in float64, where it rounds nothing and costs nothing. With
-SyncBatchNorm the sums that a phase gives are added up over all processes there.
+A phase sweeps over images. Between two phases stands arithmetic on vectors [channels], in float64, where it rounds
+nothing. `backends.train_phases` picks who computes both, `training_reference` says what they compute. With
+SyncBatchNorm the sums that a phase gives are added up over all processes in between.
 
 A convolution's output v, without its bias, goes through a BatchNorm as v * scale + shift; the way back is
 
@@ -25,7 +25,7 @@ pixels, most of all those that should vanish, would show it: so a shift is alway
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,28 +67,20 @@ class Saved(NamedTuple):
 
 
 class _Norm(NamedTuple):
-    """What follows a convolution without its bias v: gamma * (v - centre) * invstd + beta = v * scale + shift.
+    """A layer's BatchNorm as the functions between the phases take it.
 
-    All [channels], float64, `scale` with a value of the phases' dtype. `pixels` is the count behind batch statistics,
-    None where the statistics are fixed.
+    statistics: float64 [3, channels] of `Saved`, or fixed ones [2, channels], which are mean and variance of the
+    convolution's output without its bias. gamma, beta: [channels], in the dtype that the phases compute in.
     """
 
-    centre: Tensor
-    invstd: Tensor
-    scale: Tensor
-    shift: Tensor
-    pixels: Tensor | None
-
-
-class _NormBackward(NamedTuple):
-    """gv = a * g + b * v + c, and the gradients of the convolution's bias, of gamma and of beta."""
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    bias: Tensor
+    statistics: Tensor
     gamma: Tensor
     beta: Tensor
+    eps: float
+
+    @property
+    def fixed(self) -> bool:
+        return self.statistics.shape[0] == 2
 
 
 def forward(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig, step: Step) -> tuple[Tensor, Saved]:
@@ -104,20 +96,21 @@ def forward(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig, ste
 
     if expand is not None and step.batch[0]:
         sum_x, gram = phases.train_gram(x)
-        statistics1, mean_x = _linear_statistics(expand.weight, sum_x, gram, _pixels(x), step.groups[0])
-    w1, b1 = _folded_expand(expand, eps[0], statistics1, mean_x, x)
-    wd, w2 = _kernel_weight(depthwise, x), _kernel_weight(project, x).flatten(1)
+        weight, sums = _matrix(expand, x), _all_reduce((sum_x, gram, _pixels(x)), step.groups[0])
+        statistics1, mean_x = phases.train_linear_statistics(weight, *sums)
+    w1, b1 = _folded_expand(phases, expand, eps[0], statistics1, mean_x, x)
+    wd, w2 = _kernel_weight(depthwise, x), _matrix(project, x)
 
     # d is kept until z is there in lean memory too: one block's d for a moment costs less than computing it again.
     d, total, squares = phases.train_depthwise(x, w1, b1, wd, *convolution, True)
     if step.batch[1]:
-        statistics2 = _statistics(total, squares, _pixels(d), step.groups[1])
-    scale2, shift2 = _vectors(x, *_norm(depthwise, eps[1], statistics2, x)[2:4])
+        statistics2 = phases.train_statistics(*_all_reduce((total, squares, _pixels(d)), step.groups[1]))
+    scale2, shift2 = phases.train_norm(*_norm(depthwise, eps[1], statistics2, x))
 
     z, total, squares = phases.train_project(x, d, w1, b1, wd, scale2, shift2, w2, *convolution)
     if step.batch[2]:
-        statistics3 = _statistics(total, squares, _pixels(z), step.groups[2])
-    scale3, shift3 = _vectors(x, *_norm(project, eps[2], statistics3, x)[2:4])
+        statistics3 = phases.train_statistics(*_all_reduce((total, squares, _pixels(z)), step.groups[2]))
+    scale3, shift3 = phases.train_norm(*_norm(project, eps[2], statistics3, x))
 
     y = phases.train_finish(z, x if config.residual else None, scale3, shift3, config.final_activation)
     d = d if step.keep else x.new_empty(0)
@@ -149,42 +142,38 @@ def backward(
     need_below_project = need_below_depthwise or any(need2)
     grads: list[Tensor | None] = [None] * 13
 
-    w1, b1 = _folded_expand(expand, eps[0], saved.expand_statistics, saved.mean_x, x)
-    wd, w2 = _kernel_weight(depthwise, x), _kernel_weight(project, x).flatten(1)
+    w1, b1 = _folded_expand(phases, expand, eps[0], saved.expand_statistics, saved.mean_x, x)
+    wd, w2 = _kernel_weight(depthwise, x), _matrix(project, x)
     norm2 = _norm(depthwise, eps[1], saved.depthwise_statistics, x)
     norm3 = _norm(project, eps[2], saved.project_statistics, x)
-    scale2, shift2, scale3, shift3 = _vectors(x, *norm2[2:4], *norm3[2:4])
+    scale2, shift2 = phases.train_norm(*norm2)
+    scale3, shift3 = phases.train_norm(*norm3)
 
-    through3 = _through_fixed(norm3)
-    if any(need3[1:]) or (norm3.pixels is not None and (need_below_project or need3[0])):
-        sum_g, sum_gz = phases.train_finish_backward(grad, saved.z, scale3, shift3, config.final_activation)
-        through3 = _through(norm3, sum_g, sum_gz, step.groups[2], _compute_dtype(x))
-        grads[10:13] = through3[3:]
+    through3 = _through_fixed(scale3)
+    if any(need3[1:]) or (not norm3.fixed and (need_below_project or need3[0])):
+        sums = phases.train_finish_backward(grad, saved.z, scale3, shift3, config.final_activation)
+        *through3, grads[10], grads[11], grads[12] = _through(phases, norm3, sums, step.groups[2])
     if need_below_project or need3[0]:
-        from_z = (grad, saved.z, scale3, shift3, *_vectors(x, *through3[:3]), config.final_activation)
+        from_z = (grad, saved.z, scale3, shift3, *through3, config.final_activation)
         d = saved.d if saved.d.dim() == 4 else None
         if d is None and rounded:
             d, *_ = phases.train_depthwise(x, w1, b1, wd, *convolution, True)
         to_d = (x, d, w1, b1, wd, scale2, shift2)
 
-        through2 = _through_fixed(norm2)
-        need_sums = any(need2[1:]) or (norm2.pixels is not None and (need_below_depthwise or need2[0]))
+        through2 = _through_fixed(scale2)
+        need_sums = any(need2[1:]) or (not norm2.fixed and (need_below_depthwise or need2[0]))
         if need3[0] or need_sums:
-            grads[9], sum_g, sum_gd = phases.train_project_backward(
-                *from_z, *to_d, w2, *convolution, (need3[0], need_sums)
-            )
+            grads[9], *sums = phases.train_project_backward(*from_z, *to_d, w2, *convolution, (need3[0], need_sums))
             if need_sums:
-                through2 = _through(norm2, sum_g, sum_gd, step.groups[1], _compute_dtype(x))
-                grads[6:9] = through2[3:]
+                *through2, grads[6], grads[7], grads[8] = _through(phases, norm2, sums, step.groups[1])
         if need_below_depthwise or need2[0]:
             g, grads[5], t, sum_g = phases.train_depthwise_backward(
-                *from_z, *to_d, *_vectors(x, *through2[:3]), w2, *convolution, (need_below_depthwise, need2[0])
+                *from_z, *to_d, *through2, w2, *convolution, (need_below_depthwise, need2[0])
             )
             if need_below_depthwise:
                 m = c0 = None
-                if expand is not None and w1 is not None:
-                    norm1 = _norm(expand, eps[0], saved.expand_statistics, x)
-                    grads[1:5], m, c0 = _expand_backward(expand, w1, norm1, t, sum_g, saved, step.groups[0])
+                if expand is not None:
+                    grads[1:5], m, c0 = _expand_backward(phases, expand, eps[0], w1, t, sum_g, saved, step.groups[0], x)
                 if need_x:
                     grads[0] = phases.train_input_backward(g, x, m, c0, grad if config.residual else None)
     leaves = (x, *(t for layer in (tensors[:4], tensors[6:10], tensors[12:16]) for t in layer))
@@ -211,9 +200,9 @@ def folded_backward(
     if config.final_activation != "none":
         phases = backends.train_phases(x, tensors)
         _, depthwise, project = tensors.layers()
-        w1, b1 = _folded_expand(tensors.layers()[0], 0.0, none, none, x)
-        wd, w2 = _kernel_weight(depthwise, x), _kernel_weight(project, x).flatten(1)
-        scale2, shift2 = _vectors(x, *_norm(depthwise, 0.0, none, x)[2:4])
+        w1, b1 = _folded_expand(phases, tensors.layers()[0], 0.0, none, none, x)
+        wd, w2 = _kernel_weight(depthwise, x), _matrix(project, x)
+        scale2, shift2 = phases.train_norm(*_norm(depthwise, 0.0, none, x))
         z, *_ = phases.train_project(x, None, w1, b1, wd, scale2, shift2, w2, *config[:4])
     step = Step((False,) * 3, ("",) * 3, False)
     saved = Saved(none, z, *(none,) * 6)
@@ -224,124 +213,94 @@ def folded_backward(
 
 
 def _expand_backward(
-    expand: Layer, w1: Tensor, norm: _Norm, t: Tensor, sum_g: Tensor, saved: Saved, group: str
+    phases: Any,
+    expand: Layer,
+    eps: float,
+    w1: Tensor | None,
+    t: Tensor,
+    sum_g: Tensor,
+    saved: Saved,
+    group: str,
+    x: Tensor,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """Gradients of weight, bias, gamma, beta; and m, c0 of `train_input_backward`, None with fixed statistics."""
-    # In float64, as what rounds in a library's product may round otherwise with another number of threads.
-    weight, t = expand.weight.flatten(1).double(), t.double()
-    through = _through(norm, sum_g, (weight * t).sum(1), group, w1.dtype)
-    gw1 = through.a[:, None] * t
-    if norm.pixels is None:
-        return [gw1, *through[3:]], None, None
-    gw1 += torch.addr(through.b[:, None] * (weight @ saved.gram), through.c, saved.sum_x)
-    m = -(weight.T @ (through.b[:, None] * weight)).to(w1.dtype)
-    # W1ᵀ c is what lets gx sum up to zero over all pixels: computed as that, from the rounded m and w1 of the sweep.
-    (all_g,) = _all_reduce(sum_g[None], group)
-    c0 = (all_g / norm.pixels.clamp(min=1)) @ w1.double() - m.double() @ saved.mean_x
-    return [gw1, *through[3:]], m, c0.to(w1.dtype)
+    statistics, gamma, _, _ = norm = _norm(expand, eps, saved.expand_statistics, x)
+    weight = _matrix(expand, x)
+    own = (sum_g, phases.train_linear_sums(weight, t))
+    sums = (*own, *(own if norm.fixed else _all_reduce(own, group)))
+    *grads, m, c0 = phases.train_expand_backward(
+        weight, w1, statistics, gamma, eps, t, *sums, saved.sum_x, saved.gram, saved.mean_x
+    )
+    return (grads, None, None) if norm.fixed else (grads, m, c0)
 
 
-# ---- BatchNorm, on vectors -------------------------------------------------------------------------------------------
+def _through(phases: Any, norm: _Norm, sums: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
+    """a, b, c of the way back through a BatchNorm, and the gradients of the convolution's bias, gamma and beta.
+
+    Every process' pixels depend on everybody's statistics; the gradients of gamma and beta are this process' own.
+    """
+    shared = sums if norm.fixed else _all_reduce(sums, group)
+    return phases.train_norm_backward(norm.statistics, norm.gamma, norm.eps, *sums, *shared)
 
 
-def _norm(layer: Layer, eps: float, statistics: Tensor, x: Tensor) -> _Norm:
-    """With batch statistics [3, channels], or else (statistics [0]) with the running ones, or without any."""
-    if statistics.dim() == 2:
-        centre, var, pixels = statistics.unbind()
-    elif layer.mean is not None and layer.var is not None:
-        centre, var, pixels = layer.mean.double(), layer.var.double(), None
-        if layer.bias is not None:
-            centre = centre - layer.bias
-    else:
-        one = layer.weight.new_ones(layer.weight.shape[0], dtype=torch.float64)
-        shift = torch.zeros_like(one) if layer.bias is None else layer.bias.double()
-        return _Norm(-shift, one, one, shift, None)
-    invstd = (var + eps).rsqrt()
-    scale = invstd if layer.gamma is None else invstd * layer.gamma
-    scale = scale.to(_compute_dtype(x)).double()
-    shift = -centre * scale if layer.beta is None else layer.beta - centre * scale
-    return _Norm(centre, invstd, scale, shift, pixels)
+def _through_fixed(scale: Tensor) -> Sequence[Tensor]:
+    """a, b, c through fixed statistics, where nobody asked for the gradients of its parameters."""
+    zero = torch.zeros_like(scale)
+    return scale, zero, zero
 
 
-def _through_fixed(norm: _Norm) -> _NormBackward:
-    """The way back through fixed statistics, where nobody asked for the gradients of its parameters."""
-    zero = torch.zeros_like(norm.scale)
-    return _NormBackward(norm.scale, zero, zero, zero, zero, zero)
-
-
-def _through(norm: _Norm, sum_g: Tensor, sum_gv: Tensor, group: str, dtype: torch.dtype) -> _NormBackward:
-    """`dtype`: of the phases."""
-    gamma = (sum_gv - norm.centre * sum_g) * norm.invstd
-    zero = torch.zeros_like(sum_g)
-    if norm.pixels is None:
-        return _NormBackward(norm.scale, zero, zero, norm.scale * sum_g, gamma, sum_g)
-    # Every process' pixels depend on everybody's statistics; the gradients of gamma and beta are this process' own.
-    all_g, all_gamma = _all_reduce(torch.stack((sum_g, gamma)), group)
-    per_pixel = norm.scale / norm.pixels.clamp(min=1)
-    b = (-per_pixel * norm.invstd * all_gamma).to(dtype).double()
-    return _NormBackward(norm.scale, b, -per_pixel * all_g - b * norm.centre, zero, gamma, sum_g)
-
-
-def _statistics(total: Tensor, squares: Tensor, pixels: int, group: str) -> Tensor:
-    """[3, channels] of `Saved`, from sums of v and v²."""
-    total, squares, count = _all_reduce(torch.stack((total, squares, torch.full_like(total, pixels))), group)
-    mean, of_squares = total / count.clamp(min=1), squares / count.clamp(min=1)
-    var = torch.addcmul(of_squares, mean, mean, value=-1).clamp(min=0)
-    return torch.stack((mean, var, count))
-
-
-def _linear_statistics(weight: Tensor, sum_x: Tensor, gram: Tensor, pixels: int, group: str) -> tuple[Tensor, Tensor]:
-    """[3, channels] of `Saved` for v = W x, and x's mean, from sums of x and x xᵀ."""
-    count = sum_x.new_full((1,), pixels)
-    if group:
-        own = (sum_x, gram, count)
-        sums = _all_reduce(torch.cat([t.flatten() for t in own]), group).split([t.numel() for t in own])
-        sum_x, gram, count = (t.view_as(mine) for t, mine in zip(sums, own, strict=True))
-    mean_x = sum_x / count.clamp(min=1)
-    covariance = torch.addr(gram / count.clamp(min=1), mean_x, mean_x, alpha=-1)
-    weight = weight.flatten(1).double()
-    mean, var = weight @ mean_x, ((weight @ covariance) * weight).sum(1).clamp(min=0)
-    return torch.stack((mean, var, count.expand_as(mean))), mean_x
-
-
-def _all_reduce(sums: Tensor, group: str) -> Tensor:
+def _all_reduce(sums: Sequence[Tensor], group: str) -> Sequence[Tensor]:
     """`sums` over the processes of `group`."""
     if not group:
         return sums
     functional = torch.ops._c10d_functional
-    return functional.wait_tensor(functional.all_reduce(sums.contiguous(), "sum", group))
+    flat = torch.cat([t.flatten() for t in sums])
+    parts = functional.wait_tensor(functional.all_reduce(flat, "sum", group)).split([t.numel() for t in sums])
+    return [part.view_as(own) for part, own in zip(parts, sums, strict=True)]
 
 
 # ---- What the phases take --------------------------------------------------------------------------------------------
 
 
+def _norm(layer: Layer, eps: float, statistics: Tensor, x: Tensor) -> _Norm:
+    """With batch statistics [3, channels], or else (statistics [0]) with the running ones, or without any."""
+    dtype, channels = _compute_dtype(x), layer.weight.shape[0]
+    gamma, beta = layer.gamma, layer.beta
+    gamma = x.new_ones(channels, dtype=dtype) if gamma is None else gamma.to(dtype)
+    beta = x.new_zeros(channels, dtype=dtype) if beta is None else beta.to(dtype)
+    if statistics.dim() == 1:
+        if layer.mean is None or layer.var is None:
+            mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
+        else:
+            mean, var = layer.mean, layer.var
+        centre = mean.double() if layer.bias is None else mean.double() - layer.bias
+        statistics = torch.stack((centre, var.double()))
+    return _Norm(statistics, gamma, beta, eps)
+
+
 def _folded_expand(
-    expand: Layer | None, eps: float, statistics: Tensor, mean_x: Tensor, x: Tensor
+    phases: Any, expand: Layer | None, eps: float, statistics: Tensor, mean_x: Tensor, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """w1 [C, Cin] and b1 [C] of the phases: the expand layer with its BatchNorm."""
     if expand is None:
         return None, None
-    norm = _norm(expand, eps, statistics, x)
-    (w1,) = _vectors(x, expand.weight.flatten(1) * norm.scale[:, None])
-    b1 = norm.shift
-    if norm.pixels is not None:
-        b1 = b1 + norm.scale * norm.centre - w1.double() @ mean_x
-    return w1.contiguous(), _vectors(x, b1)[0]
+    return phases.train_fold_expand(_matrix(expand, x), *_norm(expand, eps, statistics, x), mean_x)
+
+
+def _matrix(layer: Layer, x: Tensor) -> Tensor:
+    """A 1x1 convolution's weight [out, in]."""
+    return _kernel_weight(layer, x).flatten(1)
 
 
 def _kernel_weight(layer: Layer, x: Tensor) -> Tensor:
-    return _vectors(x, layer.weight)[0].contiguous()
-
-
-def _vectors(x: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """In the dtype that the phases of this x compute in: float32, for float64 float64."""
-    dtype = _compute_dtype(x)
-    return [t.to(dtype) for t in tensors]
+    return layer.weight.to(_compute_dtype(x)).contiguous()
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What the phases of this x compute in: float32, for float64 float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _pixels(image: Tensor) -> int:
-    return image.shape[0] * image.shape[2] * image.shape[3]
+def _pixels(image: Tensor) -> Tensor:
+    """Their number, float64 [1]."""
+    return image.new_full((1,), image.shape[0] * image.shape[2] * image.shape[3], dtype=torch.float64)

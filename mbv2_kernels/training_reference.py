@@ -25,6 +25,15 @@ kernels compute in float32, this computes in float32 or, for float64 tensors, in
 Activations have x's dtype, so have d, z and gx. Weights, vectors and gradients of weights are float32, sums over pixels
 float64. `d` None means: compute it again from x. All results are dense, images channels_last. What `needs` does not ask
 for comes as an empty tensor [0].
+
+Between two phases stands BatchNorm, as arithmetic on vectors, in float64 (below the phases here). A convolution's
+output, without its bias, is called v there:
+
+    statistics   float64 [3, channels]: mean and biased variance of v, and the number of pixels behind them;
+                 or [2, channels]: fixed ones, which do not depend on the batch
+    gamma, beta  [channels], in the dtype of the results
+    sum_g, sum_gv, all_g, all_gv   float64 [channels]: sums over pixels of the gradient g after the BatchNorm, and of
+                 g * v; of this process, and of all that share the statistics
 """
 
 from __future__ import annotations
@@ -209,6 +218,131 @@ def train_input_backward(g: Tensor, x: Tensor, m: Tensor | None, c0: Tensor | No
     if m is not None and c0 is not None:
         gx = gx - F.conv2d(_wide(x), m[:, :, None, None], c0)
     return _image(gx if gy is None else gx + gy, x.dtype)
+
+
+# ---- BatchNorm, between the phases -----------------------------------------------------------------------------------
+
+
+def train_statistics(total: Tensor, squares: Tensor, pixels: Tensor) -> Tensor:
+    """Statistics [3, channels] of v, from sums of v and v² over `pixels` [1] pixels."""
+    count = pixels.clamp(min=1)
+    mean = total / count
+    var = torch.addcmul(squares / count, mean, mean, value=-1).clamp(min=0)
+    return torch.stack((mean, var, pixels.expand_as(mean)))
+
+
+def train_linear_statistics(weight: Tensor, sum_x: Tensor, gram: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics [3, C] of v = weight x, and the mean of x [Cin], from sums of x and x xᵀ over `pixels` [1] pixels."""
+    count = pixels.clamp(min=1)
+    mean_x = sum_x / count
+    covariance = torch.addr(gram / count, mean_x, mean_x, alpha=-1)
+    weight = weight.double()
+    mean, var = weight @ mean_x, ((weight @ covariance) * weight).sum(1).clamp(min=0)
+    return torch.stack((mean, var, pixels.expand_as(mean))), mean_x
+
+
+def train_norm(statistics: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """scale and shift, with which the BatchNorm makes v * scale + shift of v."""
+    norm = _norm(statistics, gamma, eps)
+    return norm.scale.to(gamma.dtype), (beta - norm.centre * norm.scale).to(gamma.dtype)
+
+
+def train_fold_expand(
+    weight: Tensor, statistics: Tensor, gamma: Tensor, beta: Tensor, eps: float, mean_x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """w1 and b1: the BatchNorm in the convolution before it. b1 makes up for what w1's rounding does to the mean."""
+    norm = _norm(statistics, gamma, eps)
+    w1 = (weight.double() * norm.scale[:, None]).to(gamma.dtype)
+    b1 = beta - norm.centre * norm.scale
+    if norm.pixels is not None:
+        b1 = b1 + norm.scale * norm.centre - w1.double() @ mean_x
+    return w1, b1.to(gamma.dtype)
+
+
+def train_norm_backward(
+    statistics: Tensor, gamma: Tensor, eps: float, sum_g: Tensor, sum_gv: Tensor, all_g: Tensor, all_gv: Tensor
+) -> tuple[Tensor, ...]:
+    """a, b, c of gv = a * g + b * v + c; and the gradients of the convolution's bias, of gamma and of beta."""
+    back = _norm_backward(statistics, gamma, eps, sum_g, sum_gv, all_g, all_gv)
+    return tuple(t.to(gamma.dtype) for t in back)
+
+
+def train_linear_sums(weight: Tensor, t: Tensor) -> Tensor:
+    """sum_gv of v = weight x [C], from t, the sum over pixels of g xᵀ."""
+    return (weight.double() * t.double()).sum(1)
+
+
+def train_expand_backward(
+    weight: Tensor,
+    w1: Tensor,
+    statistics: Tensor,
+    gamma: Tensor,
+    eps: float,
+    t: Tensor,
+    sum_g: Tensor,
+    sum_gv: Tensor,
+    all_g: Tensor,
+    all_gv: Tensor,
+    sum_x: Tensor,
+    gram: Tensor,
+    mean_x: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradients of weight, bias, gamma and beta of the expand layer; and m and c0 of `train_input_backward`.
+
+    v = weight x is linear in x, so sums over this process' pixels of x, x xᵀ and g xᵀ (t) are all that is needed. With
+    fixed statistics nothing but g is, and m and c0 are empty.
+    """
+    dtype, weight = gamma.dtype, weight.double()
+    back = _norm_backward(statistics, gamma, eps, sum_g, sum_gv, all_g, all_gv)
+    gradients = [gradient.to(dtype) for gradient in (back.bias, back.gamma, back.beta)]
+    gw = back.a[:, None] * t
+    if statistics.shape[0] == 2:
+        return gw.to(dtype), *gradients, w1.new_empty(0), w1.new_empty(0)
+    gw += torch.addr(back.b[:, None] * (weight @ gram), back.c, sum_x)
+    m = -(weight.T @ (back.b[:, None] * weight)).to(dtype)
+    # weightᵀ c is what lets gx sum up to zero over all pixels: computed as that, from the m and w1 that the sweep has.
+    c0 = (all_g / statistics[2].clamp(min=1)) @ w1.double() - m.double() @ mean_x
+    return gw.to(dtype), *gradients, m, c0.to(dtype)
+
+
+class _Norm(NamedTuple):
+    """gamma * (v - centre) * invstd + beta. `scale` has a value of the phases' dtype; pixels None: fixed."""
+
+    centre: Tensor
+    invstd: Tensor
+    scale: Tensor
+    pixels: Tensor | None
+
+
+class _NormBackward(NamedTuple):
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    bias: Tensor
+    gamma: Tensor
+    beta: Tensor
+
+
+def _norm(statistics: Tensor, gamma: Tensor, eps: float) -> _Norm:
+    centre, var, *pixels = statistics.unbind()
+    invstd = (var + eps).rsqrt()
+    return _Norm(centre, invstd, (invstd * gamma).to(gamma.dtype).double(), pixels[0] if pixels else None)
+
+
+def _norm_backward(
+    statistics: Tensor, gamma: Tensor, eps: float, sum_g: Tensor, sum_gv: Tensor, all_g: Tensor, all_gv: Tensor
+) -> _NormBackward:
+    norm = _norm(statistics, gamma, eps)
+    zero = torch.zeros_like(sum_g)
+    own_gamma, all_gamma = ((gv - norm.centre * g) * norm.invstd for g, gv in ((sum_g, sum_gv), (all_g, all_gv)))
+    if norm.pixels is None:
+        return _NormBackward(norm.scale, zero, zero, norm.scale * sum_g, own_gamma, sum_g)
+    per_pixel = norm.scale / norm.pixels.clamp(min=1)
+    b = (-per_pixel * norm.invstd * all_gamma).to(gamma.dtype).double()
+    return _NormBackward(norm.scale, b, -per_pixel * all_g - b * norm.centre, zero, own_gamma, sum_g)
+
+
+# ---- What the phases are made of -------------------------------------------------------------------------------------
 
 
 def _expand(x: Tensor, w1: Tensor | None, b1: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:

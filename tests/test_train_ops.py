@@ -10,7 +10,7 @@ import torch
 from blocks import BOUNDS, DTYPES, GRADIENT_BOUNDS
 from torch import Tensor
 
-from mbv2_kernels import _C, training_reference
+from mbv2_kernels import _C, backends, training_reference
 
 TIERS = [tier["name"] for tier in _C.tiers() if tier["runnable"]]
 WIDTHS = {"portable": 4, "avx2": 8, "avx512": 16}
@@ -255,6 +255,45 @@ def test_threads_change_nothing(case: Case) -> None:
         torch.set_num_threads(3)
         for i, (result, expected) in enumerate(zip(results(op(name), values), alone, strict=True)):
             assert torch.equal(result, expected), (phase, i)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(("channels", "in_channels"), [(1, 1), (24, 8), (33, 17), (70, 15), (960, 160)])
+@pytest.mark.parametrize("tier", TIERS)
+def test_between_phases(tier: str, channels: int, in_channels: int, fixed: bool) -> None:
+    """BatchNorm's arithmetic in C++ against the same in PyTorch: float64 inside, so only a last digit may differ."""
+    _C.set_max_isa(tier)
+    x = torch.randn(in_channels + 100, in_channels, dtype=torch.float64) + 0.5
+    weight, t, gamma, beta = (torch.randn(size) for size in ((channels, in_channels),) * 2 + ((channels,),) * 2)
+    pixels = torch.full((1,), float(len(x)), dtype=torch.float64)
+    of_x = (x.sum(0), x.T @ x)
+    v = x @ weight.double().T
+    statistics, mean_x = training_reference.train_linear_statistics(weight, *of_x, pixels)
+    norm = (statistics[:2] if fixed else statistics, gamma)
+    sums = tuple(torch.randn(4, channels, dtype=torch.float64))
+    w1, _ = training_reference.train_fold_expand(weight, *norm, beta, 1e-3, mean_x)
+    calls: dict[str, tuple[Any, ...]] = {
+        "train_statistics": (v.sum(0), v.square().sum(0), pixels),
+        "train_linear_statistics": (weight, *of_x, pixels),
+        "train_norm": (*norm, beta, 1e-3),
+        "train_fold_expand": (weight, *norm, beta, 1e-3, mean_x),
+        "train_norm_backward": (*norm, 1e-3, *sums),
+        "train_linear_sums": (weight, t),
+        "train_expand_backward": (weight, w1, *norm, 1e-3, t, *sums, *of_x, mean_x),
+    }
+    assert calls.keys() == set(backends.BETWEEN_PHASES)
+    for name, values in calls.items():
+        expected = results(getattr(training_reference, name), values)
+        alone: list[Tensor] = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            actual = results(op(name), values)
+            for i, (result, exact) in enumerate(zip(actual, expected, strict=True)):
+                assert result.shape == exact.shape and result.dtype == exact.dtype, (name, i)
+                bound = 1e-11 if result.dtype == torch.float64 else 2e-7
+                assert result.numel() == 0 or (result - exact).norm() <= bound * exact.norm(), (name, i)
+            assert all(map(torch.equal, actual, alone or actual)), name
+            alone = list(actual)
 
 
 @pytest.mark.parametrize("case", [Case(batch=0), Case(batch=0, expand=False, stride=2)], ids=str)

@@ -113,6 +113,7 @@ struct TrainArgs;  // train.h
 struct TrainLayout;
 struct TrainPlan;
 struct TrainItem;
+struct DoubleProduct;  // train_norm.h
 
 struct TierKernels {
   int vector;     // floats a vector
@@ -129,6 +130,7 @@ struct TierKernels {
   size_t (*train_scratch_floats)(const TrainArgs&, const TrainLayout&, const TrainPlan&);
   void (*train_work)(const TrainArgs&, const TrainLayout&, const TrainPlan&, const TrainItem&, const float* packed,
                      float* scratch);
+  void (*multiply)(const DoubleProduct&);
   // `iterations` times kFmaChains independent multiply-adds a lane; the value returned only keeps them alive
   float (*fma_chains)(int64_t iterations);
 };

@@ -6,6 +6,7 @@
 #include "conv.h"
 #include "linear.h"
 #include "train.h"
+#include "train_norm.h"
 
 namespace mbv2 {
 namespace {
@@ -113,8 +114,8 @@ struct V {
 }  // namespace
 
 extern const TierKernels kernels_portable;
-const TierKernels kernels_portable = {V::width,  V::kMaxPanel,         scratch_floats, work,
-                                      finish,    conv_scratch_floats,  conv_work,      linear_work,
-                                      pool_work, train_scratch_floats, train_work,     fma_chains};
+const TierKernels kernels_portable = {
+    V::width,    V::kMaxPanel, scratch_floats,       work,       finish,   conv_scratch_floats, conv_work,
+    linear_work, pool_work,    train_scratch_floats, train_work, multiply, fma_chains};
 
 }  // namespace mbv2

@@ -73,6 +73,28 @@ NOINLINE void outer_product(int64_t width, const float* a, int64_t lda, int64_t 
   outer_product_of_width<V::kMaxPanel>(width, a, lda, rows, b, ldb, pixels, sums, pitch);
 }
 
+// ---- The product in double precision that train_norm.cpp takes
+// ---------------------------------------------------------
+
+typedef double Doubles __attribute__((vector_size(4 * V::width), aligned(8), may_alias));  // a register, not aligned
+
+template <int Height>
+ALWAYS_INLINE void double_tile(const DoubleProduct& m, int64_t row) {
+  Doubles acc[Height][2] = {};
+  const double* a = m.a + row * m.a_row;
+  const Doubles* b = reinterpret_cast<const Doubles*>(m.b);
+  for (int64_t k = m.depth; k > 0; --k, a += m.a_step, b += 2)
+    UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < 2; ++j) acc[i][j] += a[i * m.a_row] * b[j];
+  UNROLL for (int i = 0; i < Height; ++i)
+      UNROLL for (int j = 0; j < 2; ++j) reinterpret_cast<Doubles*>(m.out + (row + i) * m.out_row)[j] = acc[i][j];
+}
+
+static void multiply(const DoubleProduct& m) {
+  int64_t row = 0;
+  for (; row + 4 <= m.rows; row += 4) double_tile<4>(m, row);
+  for (; row < m.rows; ++row) double_tile<1>(m, row);
+}
+
 // ---- Depthwise, backward --------------------------------------------------------------------------------------------
 
 // The values between which an activation lets gradients through. An open side is NaN: no comparison with it is true,
