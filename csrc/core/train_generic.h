@@ -566,6 +566,7 @@ struct TrainWork {
 
   // d -> h
   void activate(int64_t pixel, int64_t pixels, const Panel& panel) {
+    const int64_t h_pitch = plan.pitch;
     for (int64_t v = 0; v < panel.vectors; ++v) {
       const int64_t channel = panel.hidden + v * V::width;
       const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
@@ -573,7 +574,7 @@ struct TrainWork {
       with_d(pixel, 0, panel, v, [&](auto d, int64_t pitch, auto lanes) __attribute__((always_inline)) {
         for (int64_t p = 0; p < pixels; ++p) {
           fetch(d + (p + pixels) * pitch);
-          V::store(h + p * plan.pitch, V::clamp(V::fma(lanes.load(d + p * pitch), scale, shift), lo, hi));
+          V::store(h + p * h_pitch, V::clamp(V::fma(lanes.load(d + p * pitch), scale, shift), lo, hi));
         }
       });
     }
@@ -581,6 +582,7 @@ struct TrainWork {
 
   // d and gh -> h, and the sums of g2 and g2 d.
   void project_backward_sums(int64_t pixel, int64_t pixels, const Panel& panel) {
+    const int64_t h_pitch = plan.pitch;
     for (int64_t v = 0; v < panel.vectors; ++v) {
       const int64_t channel = panel.hidden + v * V::width;
       const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
@@ -591,8 +593,8 @@ struct TrainWork {
         for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
           fetch(from + (p + pixels) * pitch);
           const V::T d = lanes.load(from + p * pitch), before = V::fma(d, scale, shift);
-          const V::T g = open.keep(V::load(gh + p * plan.pitch), before);
-          V::store(h + p * plan.pitch, V::clamp(before, lo, hi));
+          const V::T g = open.keep(V::load(gh + p * h_pitch), before);
+          V::store(h + p * h_pitch, V::clamp(before, lo, hi));
           sum.parts[part] = V::add(sum.parts[part], g);
           product.parts[part] = V::fma(g, d, product.parts[part]);
         });
@@ -604,7 +606,7 @@ struct TrainWork {
 
   // d and gh -> gd: a row of it, into its ring; `at`: the row's first pixel in scratch.
   void normalise_backward(int64_t pixel, int64_t at, const Panel& panel, float* to) {
-    const int64_t ahead = b.new_rows * a.out_width;
+    const int64_t ahead = b.new_rows * a.out_width, pixels = a.out_width, h_pitch = plan.pitch;
     for (int64_t v = 0; v < panel.vectors; ++v) {
       const int64_t channel = panel.hidden + v * V::width;
       const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
@@ -613,11 +615,11 @@ struct TrainWork {
       const float* gh = scratch + b.gh + at * plan.pitch + v * V::width;
       float* gd = to + v * V::width;
       with_d(pixel, at, panel, v, [&](auto from, int64_t pitch, auto lanes) __attribute__((always_inline)) {
-        for (int64_t p = 0; p < a.out_width; ++p) {
+        for (int64_t p = 0; p < pixels; ++p) {
           fetch(from + (p + ahead) * pitch);
           const V::T d = lanes.load(from + p * pitch);
-          const V::T g = open.keep(V::load(gh + p * plan.pitch), V::fma(d, scale, shift));
-          V::store(gd + p * plan.pitch, V::fma(wg, g, V::fma(wd, d, w)));
+          const V::T g = open.keep(V::load(gh + p * h_pitch), V::fma(d, scale, shift));
+          V::store(gd + p * h_pitch, V::fma(wg, g, V::fma(wd, d, w)));
         }
       });
     }
@@ -625,6 +627,7 @@ struct TrainWork {
 
   // gy and z -> gz, of `pixels` pixels from the `pixel`-th on.
   void gradient_of_z(int64_t pixel, int64_t pixels) {
+    const int64_t z_pitch = out_channels, gz_pitch = l.out_padded;
     for (int64_t begin = 0; begin < pixels; begin += kPixelBlock) {
       const int64_t count = min64(kPixelBlock, pixels - begin);
       for (int64_t c = 0; c < l.out_padded; c += V::width) {
@@ -635,9 +638,9 @@ struct TrainWork {
         const V::T scale = V::load(packed + l.scale3 + c), shift = V::load(packed + l.shift3 + c);
         const V::T wg = V::load(packed + l.a3 + c), wz = V::load(packed + l.b3 + c), w = V::load(packed + l.c3 + c);
         for (int64_t p = 0; p < count; ++p) {
-          const V::T value = lanes.load(z + p * out_channels);
-          const V::T g = final_open.keep(lanes.load(gy + p * out_channels), V::fma(value, scale, shift));
-          V::store(gz + p * l.out_padded, V::fma(wg, g, V::fma(wz, value, w)));
+          const V::T value = lanes.load(z + p * z_pitch);
+          const V::T g = final_open.keep(lanes.load(gy + p * z_pitch), V::fma(value, scale, shift));
+          V::store(gz + p * gz_pitch, V::fma(wg, g, V::fma(wz, value, w)));
         }
       }
     }
