@@ -291,8 +291,8 @@ struct AddRows {
   ALWAYS_INLINE void skip(int64_t rows) { out += rows * stride; }
 };
 
-// Brings into L2 what the same pass over the next group of rows will read or write. In d a panel's channels lie in
-// pieces of a pixel each, which no prefetcher foresees.
+// Brings into L2 what the same pass will read or write of d for the next panel: a panel's channels lie in pieces, one a
+// pixel, which no prefetcher foresees.
 static ALWAYS_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 constexpr int64_t kPixelBlock = 128;  // pixels that one pass over the channels' vectors takes: they stay in L1
@@ -453,6 +453,7 @@ struct TrainWork {
   struct Panel {
     int64_t hidden, vectors;
     int64_t index;  // in the chunk
+    int64_t next;   // elements of d from this panel to the one to be fetched meanwhile
   };
 
   ALWAYS_INLINE float* e_ring(const Panel& panel) const {
@@ -540,7 +541,7 @@ struct TrainWork {
         Element* out = static_cast<Element*>(a.d_out) + pixel * hidden_channels + channel;
         for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
           const V::T value = V::load(d + p * plan.pitch);
-          fetch(out + (p + pixels) * hidden_channels);
+          fetch(out + p * hidden_channels + panel.next);
           moments.add(part, value);
           lanes.store(out + p * hidden_channels, value);
         });
@@ -553,15 +554,17 @@ struct TrainWork {
     }
   }
 
-  // Calls pass(where the d of a group lies, its pitch, lanes of a vector): `at` pixels into scratch, or in a.d.
+  // Calls pass(where the d of a group lies, its pitch, lanes of a vector, panel.next): `at` pixels into scratch, or in
+  // a.d.
   template <class Pass>
   ALWAYS_INLINE void with_d(int64_t pixel, int64_t at, const Panel& panel, int64_t v, const Pass& pass) {
     const int64_t channel = panel.hidden + v * V::width;
     if (b.keeps_d)
       pass(static_cast<const Element*>(a.d) + pixel * hidden_channels + channel, hidden_channels,
-           Lanes<Storage>(hidden_channels - channel));
+           Lanes<Storage>(hidden_channels - channel), panel.next);
     else
-      pass(static_cast<const float*>(scratch + b.d + at * plan.pitch + v * V::width), plan.pitch, Lanes<F32>(V::width));
+      pass(static_cast<const float*>(scratch + b.d + at * plan.pitch + v * V::width), plan.pitch, Lanes<F32>(V::width),
+           int64_t{0});
   }
 
   // d -> h
@@ -571,9 +574,9 @@ struct TrainWork {
       const int64_t channel = panel.hidden + v * V::width;
       const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
       float* h = scratch + b.h + panel.index * panel_size() + v * V::width;
-      with_d(pixel, 0, panel, v, [&](auto d, int64_t pitch, auto lanes) __attribute__((always_inline)) {
+      with_d(pixel, 0, panel, v, [&](auto d, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
         for (int64_t p = 0; p < pixels; ++p) {
-          fetch(d + (p + pixels) * pitch);
+          fetch(d + p * pitch + next);
           V::store(h + p * h_pitch, V::clamp(V::fma(lanes.load(d + p * pitch), scale, shift), lo, hi));
         }
       });
@@ -589,16 +592,17 @@ struct TrainWork {
       const float* gh = scratch + b.gh + v * V::width;
       float* h = scratch + b.h + v * V::width;
       PixelSums sum, product;
-      with_d(pixel, 0, panel, v, [&](auto from, int64_t pitch, auto lanes) __attribute__((always_inline)) {
-        for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
-          fetch(from + (p + pixels) * pitch);
-          const V::T d = lanes.load(from + p * pitch), before = V::fma(d, scale, shift);
-          const V::T g = open.keep(V::load(gh + p * h_pitch), before);
-          V::store(h + p * h_pitch, V::clamp(before, lo, hi));
-          sum.parts[part] = V::add(sum.parts[part], g);
-          product.parts[part] = V::fma(g, d, product.parts[part]);
-        });
-      });
+      with_d(pixel, 0, panel, v,
+             [&](auto from, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
+               for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
+                 fetch(from + p * pitch + next);
+                 const V::T d = lanes.load(from + p * pitch), before = V::fma(d, scale, shift);
+                 const V::T g = open.keep(V::load(gh + p * h_pitch), before);
+                 V::store(h + p * h_pitch, V::clamp(before, lo, hi));
+                 sum.parts[part] = V::add(sum.parts[part], g);
+                 product.parts[part] = V::fma(g, d, product.parts[part]);
+               });
+             });
       add_to(item.sums + channel, sum.total());
       add_to(item.sums + plan.sum_width + channel, product.total());
     }
@@ -606,7 +610,7 @@ struct TrainWork {
 
   // d and gh -> gd: a row of it, into its ring; `at`: the row's first pixel in scratch.
   void normalise_backward(int64_t pixel, int64_t at, const Panel& panel, float* to) {
-    const int64_t ahead = b.new_rows * a.out_width, pixels = a.out_width, h_pitch = plan.pitch;
+    const int64_t pixels = a.out_width, h_pitch = plan.pitch;
     for (int64_t v = 0; v < panel.vectors; ++v) {
       const int64_t channel = panel.hidden + v * V::width;
       const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
@@ -614,22 +618,24 @@ struct TrainWork {
       const V::T w = V::load(packed + l.c2 + channel);
       const float* gh = scratch + b.gh + at * plan.pitch + v * V::width;
       float* gd = to + v * V::width;
-      with_d(pixel, at, panel, v, [&](auto from, int64_t pitch, auto lanes) __attribute__((always_inline)) {
-        for (int64_t p = 0; p < pixels; ++p) {
-          fetch(from + (p + ahead) * pitch);
-          const V::T d = lanes.load(from + p * pitch);
-          const V::T g = open.keep(V::load(gh + p * h_pitch), V::fma(d, scale, shift));
-          V::store(gd + p * h_pitch, V::fma(wg, g, V::fma(wd, d, w)));
-        }
-      });
+      with_d(pixel, at, panel, v,
+             [&](auto from, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
+               for (int64_t p = 0; p < pixels; ++p) {
+                 fetch(from + p * pitch + next);
+                 const V::T d = lanes.load(from + p * pitch);
+                 const V::T g = open.keep(V::load(gh + p * h_pitch), V::fma(d, scale, shift));
+                 V::store(gd + p * h_pitch, V::fma(wg, g, V::fma(wd, d, w)));
+               }
+             });
     }
   }
 
   // gy and z -> gz, of `pixels` pixels from the `pixel`-th on.
   void gradient_of_z(int64_t pixel, int64_t pixels) {
     const int64_t z_pitch = out_channels, gz_pitch = l.out_padded;
-    for (int64_t begin = 0; begin < pixels; begin += kPixelBlock) {
-      const int64_t count = min64(kPixelBlock, pixels - begin);
+    const int64_t block = max64(kPixelBlock * V::width / l.out_padded, 16);  // whose cache lines stay in L1
+    for (int64_t begin = 0; begin < pixels; begin += block) {
+      const int64_t count = min64(block, pixels - begin);
       for (int64_t c = 0; c < l.out_padded; c += V::width) {
         const Lanes<Storage> lanes(out_channels - c);
         const int64_t from = (pixel + begin) * out_channels + c;
@@ -717,10 +723,17 @@ struct TrainWork {
       body(hidden, min64(hidden + plan.chunk, item.hidden_end));
   }
 
+  // The panels of a chunk, for a group of rows of d that begins `done` pixels after its part and has `pixels` pixels.
   template <class Body>
-  ALWAYS_INLINE void for_each_panel(int64_t hidden, int64_t end, const Body& body) {
-    for (Panel panel{hidden, 0, 0}; panel.hidden < end; panel.hidden += plan.pitch, ++panel.index) {
+  ALWAYS_INLINE void for_each_panel(int64_t hidden, int64_t end, int64_t done, int64_t pixels, int64_t part_pixels,
+                                    const Body& body) {
+    const bool last_group = done + pixels >= part_pixels;
+    const int64_t next_chunk = last_group ? end - hidden - done * hidden_channels : pixels * hidden_channels;
+    for (Panel panel{hidden, 0, 0, 0}; panel.hidden < end; panel.hidden += plan.pitch, ++panel.index) {
       panel.vectors = min64(plan.pitch, end - panel.hidden) / V::width;
+      panel.next = panel.hidden + plan.pitch < end ? plan.pitch : next_chunk - (panel.hidden - hidden);
+      // project does too little with a panel for a fetch of the next one to be in time
+      if (a.phase == TrainPhase::project && !last_group) panel.next = next_chunk;
       body(panel);
     }
   }
@@ -743,7 +756,7 @@ struct TrainWork {
           const int64_t at = (pixel - part_pixel) * l.out_padded;
           const int64_t expand_begin = max64(expanded, first_input_row(row)), expand_end = end_input_row(row_end);
           expanded = max64(expanded, expand_end);
-          for_each_panel(hidden, hidden_end, [&](const Panel& panel) {
+          for_each_panel(hidden, hidden_end, pixel - part_pixel, pixels, part_pixels, [&](const Panel& panel) {
             if (!b.keeps_d) {
               expand_rows(expand_begin, expand_end, panel);
               depthwise(row, row_end, panel);
@@ -886,7 +899,9 @@ struct TrainWork {
           const int64_t pixel = (image * a.height + row) * a.width;
           const int64_t make = max64(min64(end_out_row(row_end), out_end), made);
           const int64_t expand_end = b.keeps_d || make == made ? row_end : max64(row_end, end_input_row(make));
-          for_each_panel(hidden, hidden_end, [&](const Panel& panel) {
+          const int64_t done = (made - out_begin) * a.out_width, new_pixels = (make - made) * a.out_width;
+          const int64_t part_pixels = (out_end - out_begin) * a.out_width;
+          for_each_panel(hidden, hidden_end, done, new_pixels, part_pixels, [&](const Panel& panel) {
             expand_rows(expanded, expand_end, panel);
             gradient_rows(made, make, out_begin, panel);
             float* g1 = scratch + b.g1 + panel.index * panel_size();
