@@ -174,7 +174,10 @@ def backward(
                 m = c0 = None
                 if expand is not None:
                     grads[1:5], m, c0 = _expand_backward(phases, expand, eps[0], w1, t, sum_g, saved, step.groups[0], x)
-                if need_x:
+                plain = m is None and not config.residual  # then g is the gradient of x, but for its dtype
+                if need_x and plain:
+                    grads[0] = g
+                elif need_x:
                     grads[0] = phases.train_input_backward(g, x, m, c0, grad if config.residual else None)
     leaves = (x, *(t for layer in (tensors[:4], tensors[6:10], tensors[12:16]) for t in layer))
     return [

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from blocks import BOUNDS, DTYPES, make_weights, relative_error
+from test_train_ops import Case, arguments, mistakes, phases, results
 from torch import Tensor
 
-from mbv2_kernels import _C, reference
+from mbv2_kernels import _C, backends, reference, training_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "csrc/core"
@@ -38,8 +39,8 @@ Run = Callable[..., Tensor]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """`run(x, weights, stride=, ...)`: the block by the emulated tier."""
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The core with the emulated tier, and the C entries of driver.cpp."""
     folder = tmp_path_factory.mktemp("emulated")
     # Not optimised: that would take a minute to compile.
     flags = ["-std=c++17", "-O0", "-fPIC", "-DMBV2_HAVE_AVX512", "-I", str(CORE)]
@@ -56,7 +57,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         by_size = sorted(sources, key=lambda path: path.stem != "x86_avx512")
         objects = list(pool.map(compiled, [*by_size, EMULATION / "driver.cpp"]))
     subprocess.run([*COMPILER, "-shared", *objects, "-o", str(folder / "emulated.so")], check=True)
-    library = ctypes.CDLL(str(folder / "emulated.so"))
+    return ctypes.CDLL(str(folder / "emulated.so"))
+
+
+@pytest.fixture(scope="module")
+def run(library: ctypes.CDLL) -> Run:
+    """`run(x, weights, stride=, ...)`: the block by the emulated tier."""
 
     def block(
         x: Tensor,
@@ -154,3 +160,96 @@ def test_special_values(run: Run, dtype: torch.dtype) -> None:
     y, wanted = run(x, weights), expected(x, weights)
     assert torch.equal(y.isnan(), wanted.isnan())
     assert relative_error(y[~y.isnan()], wanted[~wanted.isnan()]) < BOUNDS[dtype]
+
+
+CLAMPS = ("none", "relu", "relu6")  # in the order of driver.cpp
+# The tensors of `TrainArgs` (csrc/core/train.h), and which of them an op returns.
+INPUTS = [
+    "x",
+    "d",
+    "z",
+    "gy",
+    "g",
+    "w1",
+    "b1",
+    "wd",
+    "w2",
+    "m",
+    "c0",
+    "scale2",
+    "shift2",
+    "a2",
+    "b2",
+    "c2",
+    "scale3",
+    "shift3",
+    "a3",
+    "b3",
+    "c3",
+]
+OUTPUTS = ["d_out", "z_out", "y", "gx", "g_out", "sum", "sum_product", "gram", "gw2", "gwd", "t"]
+RETURNED = {
+    "train_gram": "sum gram",
+    "train_depthwise": "d_out sum sum_product",
+    "train_project": "z_out sum sum_product",
+    "train_finish": "y",
+    "train_finish_backward": "sum sum_product",
+    "train_project_backward": "gw2 sum sum_product",
+    "train_depthwise_backward": "g_out gwd t sum",
+    "train_input_backward": "gx",
+}
+
+
+def emulated_phase(library: ctypes.CDLL, case: Case, name: str, values: tuple[object, ...]) -> list[Tensor]:
+    """What the op `name` returns for `values`, by the emulated tier."""
+    schema = getattr(torch.ops.mbv2, name).default._schema
+    given = {argument.name: value for argument, value in zip(schema.arguments, values, strict=True)}
+    shapes = results(getattr(training_reference, name), values)
+    x, z = given.get("x"), given.get("z")
+    sizes = (case.height, case.width)
+    reach = case.dilation * (case.kernel_size - 1) + 1
+    out = [(size + 2 * case.padding - reach) // case.stride + 1 for size in sizes]
+    hidden = case.hidden if case.expand else case.in_channels
+    numbers = (
+        *(backends.PHASES.index(name), case.in_channels, hidden, case.out_channels, case.kernel_size, case.expand),
+        *(case.batch, *sizes, *out, case.stride, case.dilation, case.padding),
+        DTYPES.index((z if x is None else x).dtype),
+        *(CLAMPS.index(activation) for activation in (case.activation, case.final_activation)),
+    )
+    returned = [torch.full_like(t, torch.nan) for t in shapes]
+    targets = dict(zip(RETURNED[name].split(), returned, strict=True))
+
+    def pointers(names: list[str], tensors: dict[str, object]) -> ctypes.Array:
+        found = (tensors.get(name) for name in names)
+        return (ctypes.c_void_p * len(names))(*(t.data_ptr() if isinstance(t, Tensor) else None for t in found))
+
+    library.train((ctypes.c_int64 * len(numbers))(*numbers), pointers(INPUTS, given), pointers(OUTPUTS, targets))
+    return returned
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(in_channels=15, hidden=17, out_channels=16, height=5, width=7),
+        Case(in_channels=24, hidden=144, out_channels=33, stride=2),
+        Case(in_channels=33, hidden=65, out_channels=47, kernel_size=5, padding=2),
+        Case(in_channels=16, expand=False, out_channels=17),
+        Case(in_channels=19, expand=False, stride=2, final_activation="relu6"),
+        Case(batch=1, in_channels=5, hidden=403, out_channels=33, height=14, width=14),
+    ],
+    ids=str,
+)
+def test_training_phases(library: ctypes.CDLL, case: Case, dtype: torch.dtype) -> None:
+    for phase, (name, values) in phases(case, arguments(case, dtype)).items():
+        actual = emulated_phase(library, case, name, values)
+        assert not mistakes(case, phase, name, values, actual), phase
+
+
+def test_product_in_double_precision(library: ctypes.CDLL) -> None:
+    for rows, depth in ((1, 1), (4, 16), (11, 33)):
+        a, b = torch.randn(rows, depth, dtype=torch.float64), torch.randn(depth, 16, dtype=torch.float64)
+        out = torch.full((rows, 16), torch.nan, dtype=torch.float64)
+        places = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, out))
+        library.multiply(*places, ctypes.c_int64(rows), ctypes.c_int64(depth))
+        assert relative_error(out, a @ b) < 1e-14

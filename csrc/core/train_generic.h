@@ -481,6 +481,11 @@ struct TrainWork {
             ExpandEpilogue{packed + l.expand_bias + panel.hidden, e_ring(panel), offsets, &a.activation});
   }
 
+  // A panel's part of a row of x, which the depthwise passes read without an expand layer.
+  void fetch_row(const float* row, int64_t pitch) const {
+    for (int64_t c = 0; c < a.width; ++c) fetch(row + c * pitch);
+  }
+
   // Rows [begin, end) of d into scratch.
   void depthwise(int64_t begin, int64_t end, const Panel& panel) {
     const int64_t k = a.dims.kernel;
@@ -495,6 +500,9 @@ struct TrainWork {
         else
           e = expand ? e_ring(panel) + e_row(in) : input_row(in) + panel.hidden;
       }
+    if (!expand)
+      for (int64_t row = end_input_row(end), last = end_input_row(end + 1); row < last; ++row)
+        fetch_row(input_row(row) + panel.hidden, input_pitch());
     Depthwise d;
     d.rows = rows;
     d.group = end - begin;
@@ -823,6 +831,7 @@ struct TrainWork {
     const bool expand = a.dims.expand;
     const int64_t e_pitch = expand ? plan.pitch : input_pitch();
     const float* e = expand ? e_ring(panel) + e_row(row) + a.pad_left * plan.pitch : input_row(row) + panel.hidden;
+    if (!expand) fetch_row(e + a.width * e_pitch, e_pitch);
     Tap taps[kMaxKernel * kMaxKernel];
     DepthwiseBackward r = {taps,
                            0,

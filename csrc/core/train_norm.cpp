@@ -1,3 +1,5 @@
+// BatchNorm's arithmetic between the phases. The one part that costs are two products of the expand layer's weight in
+// fp64, which the tiers multiply.
 #include "train_norm.h"
 
 #include <algorithm>

@@ -1,7 +1,19 @@
-// A C entry to the core for tests/test_avx512_emulated.py: packs a block's weights for the AVX-512 tier and runs it.
+// C entries to the core for tests/test_avx512_emulated.py: run a block, or a phase of a training step, by the AVX-512
+// tier.
 #include <vector>
 
-#include "block.h"
+#include "train.h"
+#include "train_norm.h"
+
+namespace {
+
+const mbv2::Clamp kClamps[] = {{-__builtin_inff(), __builtin_inff()}, {0, __builtin_inff()}, {0, 6}};
+
+mbv2::Parallel serial(int threads) {
+  return {[](int64_t items, void* context, mbv2::ParallelBody body) { body(context, 0, items); }, threads};
+}
+
+}  // namespace
 
 extern "C" void run(const int64_t* n, const float* const* w, const void* x, void* y, int threads) {
   using namespace mbv2;
@@ -17,9 +29,8 @@ extern "C" void run(const int64_t* n, const float* const* w, const void* x, void
   a.dtype = static_cast<DType>(n[11]);
   a.out_height = n[12];
   a.out_width = n[13];
-  const float infinity = __builtin_inff();
-  a.activation = {0, 6};
-  a.final_activation = {-infinity, infinity};
+  a.activation = kClamps[2];
+  a.final_activation = kClamps[0];
   a.x = x;
   a.x_stride_pixel = a.dims.in_channels;
   a.x_stride_row = a.width * a.x_stride_pixel;
@@ -29,6 +40,42 @@ extern "C" void run(const int64_t* n, const float* const* w, const void* x, void
   std::vector<float> packed(static_cast<size_t>(layout.size));
   pack(a.dims, {w[0], w[1], w[2], w[3], w[4], w[5]}, Tier::avx512, packed.data());
   a.packed = packed.data();
-  const auto serial = [](int64_t items, void* context, ParallelBody body) { body(context, 0, items); };
-  run_block(a, Tier::avx512, make_plan(a, layout, threads), {serial, threads});
+  run_block(a, Tier::avx512, make_plan(a, layout, threads), serial(threads));
+}
+
+// n: as the test lists them. in, out: the tensors in the order of the members of TrainArgs.
+extern "C" void train(const int64_t* n, const void* const* in, void* const* out) {
+  using namespace mbv2;
+  TrainArgs a = {};
+  a.phase = static_cast<TrainPhase>(n[0]);
+  a.dims = {n[1], n[2], n[3], static_cast<int>(n[4]), n[5] != 0};
+  a.batch = n[6];
+  a.height = n[7];
+  a.width = n[8];
+  a.out_height = n[9];
+  a.out_width = n[10];
+  a.stride = n[11];
+  a.dilation = n[12];
+  a.pad_top = a.pad_left = n[13];
+  a.dtype = static_cast<DType>(n[14]);
+  a.activation = kClamps[n[15]];
+  a.final_activation = kClamps[n[16]];
+  const void** storage[] = {&a.x, &a.d, &a.z, &a.gy};
+  const float** floats[] = {&a.g,  &a.w1, &a.b1, &a.wd,     &a.w2,     &a.m,  &a.c0, &a.scale2, &a.shift2,
+                            &a.a2, &a.b2, &a.c2, &a.scale3, &a.shift3, &a.a3, &a.b3, &a.c3};
+  for (const void** member : storage) *member = *in++;
+  for (const float** member : floats) *member = static_cast<const float*>(*in++);
+  a.d_out = *out++;
+  a.z_out = *out++;
+  a.y = *out++;
+  a.gx = *out++;
+  a.g_out = static_cast<float*>(*out++);
+  for (double** member : {&a.sum, &a.sum_product, &a.gram}) *member = static_cast<double*>(*out++);
+  for (float** member : {&a.gw2, &a.gwd, &a.t}) *member = static_cast<float*>(*out++);
+  run_train(a, Tier::avx512, serial(1));
+}
+
+extern "C" void multiply(const double* a, const double* b, double* out, int64_t rows, int64_t depth) {
+  const mbv2::TierKernels& kernels = *mbv2::tier_kernels(mbv2::Tier::avx512);
+  kernels.multiply({a, depth, 1, b, rows, depth, out, kernels.vector});
 }
