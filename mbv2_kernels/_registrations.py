@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import backends, reference, training
 from .backends import BlockConfig, LayerConfig
-from .fold import BlockTensors, FoldedWeights, Layer, fold, fold_layer, fold_layer_backward
+from .fold import BlockTensors, FoldedWeights, Layer, fold, fold_layer, fold_layer_backward, gradient_like
 
 _LIBRARY = torch.library.Library(
     "mbv2", "FRAGMENT"
@@ -77,10 +77,13 @@ def _inverted_residual_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Te
         grads = tuple(training.folded_backward(grad, x, weights, config, needs))
     else:
         grads = reference.inverted_residual_backward(grad, x, *weights, **config._asdict(), needs=tuple(needs))
-    formats = (torch.channels_last,) + (torch.contiguous_format,) * 6
-    return tuple(
-        x.new_empty(0) if g is None else backends.dense(g, f if g.dim() == 4 else torch.contiguous_format)
-        for g, f in zip(grads, formats, strict=True)
+    grad_x, *others = grads
+    return (
+        x.new_empty(0) if grad_x is None else backends.dense(grad_x, torch.channels_last),
+        *(
+            x.new_empty(0) if g is None or w is None else gradient_like(w, g)
+            for g, w in zip(others, weights, strict=True)
+        ),
     )
 
 
@@ -175,20 +178,18 @@ def _(x: Tensor, *args: Any) -> Tensor:
     return _fake_output(x, tensors.project_weight.shape[0], tensors.depthwise_weight.shape[-1], config)
 
 
+def _fake_gradients(x: Tensor, parameters: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Of x in channels_last, of parameters in their own strides; [0] where `needs` is False."""
+    leaves = (torch.empty_like(x, memory_format=torch.channels_last), *parameters)
+    return tuple(
+        torch.empty_like(leaf) if needed and leaf is not None else x.new_empty(0)
+        for leaf, needed in zip(leaves, needs, strict=True)
+    )
+
+
 @torch.library.register_fake("mbv2::inverted_residual_backward", lib=_LIBRARY)
 def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    arguments, needs = (x, *args[:6]), args[-1]
-    return tuple(
-        torch.empty(
-            a.shape,
-            dtype=a.dtype,
-            device=a.device,
-            memory_format=torch.channels_last if a is x else torch.contiguous_format,
-        )
-        if a is not None and needed
-        else x.new_empty(0)
-        for a, needed in zip(arguments, needs, strict=True)
-    )
+    return _fake_gradients(x, args[:6], args[-1])
 
 
 # ---- Autograd --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ._registrations import (
     _LIBRARY,
     _N_BLOCK,
     _N_CONFIG,
+    _fake_gradients,
     _fake_output,
     _no_double_backward,
     _without_autocast,
@@ -108,18 +109,7 @@ def _(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("mbv2::train_block_backward", lib=_LIBRARY)
 def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    leaves, needs = _leaves(x, args), args[-1]
-    return tuple(
-        torch.empty(
-            leaf.shape,
-            dtype=leaf.dtype,
-            device=leaf.device,
-            memory_format=torch.channels_last if leaf is x else torch.contiguous_format,
-        )
-        if needed and leaf is not None
-        else x.new_empty(0)
-        for leaf, needed in zip(leaves, needs, strict=True)
-    )
+    return _fake_gradients(x, _leaves(x, args)[1:], args[-1])
 
 
 def _leaves(x: Tensor, block: tuple[Any, ...]) -> tuple[Tensor | None, ...]:

@@ -171,7 +171,16 @@ def fold_layer_backward(
     if need_beta:
         grads[3] = grad_bias
     leaves = (weight, bias, gamma, beta)
-    return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, leaves, strict=True)]
+    return [None if g is None or t is None else gradient_like(t, g) for g, t in zip(grads, leaves, strict=True)]
+
+
+def gradient_like(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """`gradient` in the shape, dtype and strides of `leaf`, in dimensions of size 1 too: a 1x1 weight in channels_last
+    has others than a contiguous one, and DistributedDataParallel warns about gradients that do not match."""
+    gradient = gradient.view(leaf.shape)
+    if gradient.dtype == leaf.dtype and gradient.stride() == leaf.stride():
+        return gradient
+    return torch.empty_like(leaf).copy_(gradient)
 
 
 def bn_scale(gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import BlockConfig
-from .fold import NO_EPS, BlockTensors, Eps, FoldedWeights, Layer, check_shapes
+from .fold import NO_EPS, BlockTensors, Eps, FoldedWeights, Layer, check_shapes, gradient_like
 
 
 class Step(NamedTuple):
@@ -131,7 +131,8 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of x, and of weight, bias, gamma and beta of the three layers: 13, None where `needs` is False.
 
-    Each has the dtype of what it is the gradient of. `rounded`: where d was not kept, the forward had it in x's dtype,
+    Each has the dtype of what it is the gradient of, and x's is channels_last, the others have the strides of their
+    parameters. `rounded`: where d was not kept, the forward had it in x's dtype,
     and the same values must meet the clamps again.
     """
     phases = backends.train_phases(x, tensors)
@@ -179,10 +180,13 @@ def backward(
                     grads[0] = g
                 elif need_x:
                     grads[0] = phases.train_input_backward(g, x, m, c0, grad if config.residual else None)
-    leaves = (x, *(t for layer in (tensors[:4], tensors[6:10], tensors[12:16]) for t in layer))
+    leaves = (*tensors[:4], *tensors[6:10], *tensors[12:16])
     return [
-        g.to(leaf.dtype).view(leaf.shape) if needed and g is not None and leaf is not None else None
-        for g, leaf, needed in zip(grads, leaves, needs, strict=True)
+        grads[0],
+        *(
+            gradient_like(leaf, g) if needed and g is not None and leaf is not None else None
+            for g, leaf, needed in zip(grads[1:], leaves, needs[1:], strict=True)
+        ),
     ]
 
 

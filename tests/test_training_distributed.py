@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,10 +53,13 @@ def train(model: nn.Module, share: slice, accumulate: int = 1) -> None:
 
 
 def _ddp(model: nn.Module, rank: int) -> nn.Module:
+    """In channels_last, where gradients must have the weights' strides also in dimensions of size 1."""
     # DistributedDataParallel refuses SyncBatchNorm on CPU, as torch's own does not run there: so it comes in after.
-    ddp = nn.parallel.DistributedDataParallel(model)
+    ddp = nn.parallel.DistributedDataParallel(model.to(memory_format=torch.channels_last))
     mbv2.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(model), strict=True)
-    train(ddp, slice(3 * rank, 3 * rank + 3))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Grad strides do not match bucket view strides")
+        train(ddp, slice(3 * rank, 3 * rank + 3))
     return model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import EPS, GRADIENT_BOUNDS, make_block, make_config, relative_error
+from blocks import EPS, GRADIENT_BOUNDS, make_block, make_config, relative_error, with_grad
 from torch import Tensor, nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -36,10 +36,14 @@ def train_arguments(
     batch: tuple[bool, bool, bool] = (True, True, True),
     keep: bool = True,
     dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
     **shape: Any,
 ) -> tuple[Any, ...]:
-    """What `mbv2::train_block` takes, all parameters with gradients."""
-    tensors: BlockTensors = make_block(**shape, dtype=dtype, requires_grad=True)
+    """What `mbv2::train_block` takes, all parameters with gradients; `memory_format`: of the weights."""
+    tensors: BlockTensors = make_block(**shape, dtype=dtype)
+    tensors = with_grad(
+        BlockTensors(*(t if t is None or t.dim() != 4 else t.contiguous(memory_format=memory_format) for t in tensors))
+    )
     config = make_config(residual=not shape.get("out_channels"))
     x = torch.randn(X).to(dtype).requires_grad_()
     return x, *without_running_statistics(tensors, batch), EPS, *config, list(batch), ["", "", ""], keep
@@ -54,6 +58,7 @@ def train_arguments(
         {"expand": False, "batch": (False, True, True)},
         {"out_channels": 12, "conv_bias": True},
         {"dtype": torch.bfloat16},
+        {"memory_format": torch.channels_last},
     ],
     ids=str,
 )
