@@ -67,8 +67,9 @@ def inverted_residual(
 
     Returns:
         [N, Cout, Ho, Wo] in x's dtype with channels_last strides, accumulated in float32. Differentiable once in every
-        tensor; nothing but x and the weights is kept for backward. Without gradients the packed weights are kept until
-        a weight changes.
+        tensor; nothing but x and the weights is kept for backward. An activation lets no gradient through at its edges
+        (0 and 6) and beyond, and lets it through at a NaN. Without gradients the packed weights are kept until a weight
+        changes.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

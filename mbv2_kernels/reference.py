@@ -224,9 +224,13 @@ def _activate(x: Tensor, activation: str | None) -> Tensor:
 
 
 def _activation_backward(grad: Tensor, before: Tensor, activation: str | None) -> Tensor:
-    """Through the activation whose input was `before`; torch's own operations, so the edges and NaN are torch's."""
+    """Through the activation whose input was `before`: nothing at its edges, as torch has it, and all at a NaN.
+
+    So has torch in every relu_backward, and for ReLU6 in its CUDA kernel and in torch.compile. Its own CPU kernel for
+    ReLU6, hardtanh_backward, has two answers for a NaN: 0 in the vectorised loop, the gradient in what remains of it.
+    """
     if activation == "relu6":
-        return torch.ops.aten.hardtanh_backward(grad, before, 0, 6)
+        return grad.masked_fill((before <= 0) | (before >= 6), 0)
     if activation == "relu":
         return torch.ops.aten.threshold_backward(grad, before, 0)
     return grad
