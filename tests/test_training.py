@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import BOUNDS, GRADIENT_BOUNDS, relative_error
+from blocks import relative_error
 from torch import nn
 from training_blocks import Block, check_step, fused, step
 
@@ -30,25 +30,20 @@ FORMS: dict[str, dict[str, Any]] = {
     "no_last_norm": {"norms": (True, True, False), "bias": True},
     "cumulative": {"momentum": None},
     "odd_channels": {"in_channels": 5, "hidden": 17, "out_channels": 5},
-    "wide": {"in_channels": 24, "hidden": 96, "out_channels": 24},
+    "wide": {"in_channels": 24, "hidden": 144, "out_channels": 24},
 }
 
 
-@pytest.mark.parametrize("memory", ("fast", "lean"))
 @pytest.mark.parametrize("form", FORMS)
-def test_step_in_float32(form: str, memory: str) -> None:
+def test_step_in_float32(form: str) -> None:
     options = FORMS[form]
-    x = torch.randn(3, options.get("in_channels", 8), 13, 10) + 0.5
-    check_step(Block(**options), x, BOUNDS[x.dtype], GRADIENT_BOUNDS[x.dtype], memory=memory)
+    check_step(Block(**options), 3, options.get("in_channels", 8), 13, 10)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("form", ("residual", "stride2", "no_expand_final"))
 def test_step_in_16_bits(form: str, dtype: torch.dtype) -> None:
-    """Gradients may be off by twice the bound: our statistics are those of d before it is rounded, `exact_step`'s those
-    after, so the edges of the clamps differ by a part of a rounding step, and a few values fall to the other side."""
-    x = torch.randn(4, 8, 24, 20).to(dtype)
-    check_step(Block(**FORMS[form]).to(dtype), x, BOUNDS[dtype], 2 * GRADIENT_BOUNDS[dtype])
+    check_step(Block(**FORMS[form]).to(dtype), 4, 8, 24, 20, dtype=dtype)
 
 
 @pytest.mark.parametrize("frozen", range(1, 8))
@@ -58,7 +53,7 @@ def test_frozen_norms_in_any_mix(frozen: int) -> None:
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for i, norm in enumerate(norms):
         norm.train(not frozen >> i & 1)
-    check_step(model, torch.randn(3, 8, 11, 9), BOUNDS[torch.float32], GRADIENT_BOUNDS[torch.float32])
+    check_step(model, 3, 8, 11, 9)
 
 
 @pytest.mark.parametrize("learned", ("depthwise", "before.0", "before.1", "after.0", "after.2", "after.3", "x", ""))
@@ -164,6 +159,20 @@ def test_strides_of_input_and_gradient_do_not_matter() -> None:
     for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
         got = step(copy.deepcopy(model), other, torch.ones(1).expand(2, 8, 10, 12))
         assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+@pytest.mark.parametrize("frozen", (False, True))
+def test_gradients_have_the_strides_of_their_parameters(frozen: bool) -> None:
+    """In channels_last a 1x1 weight has others than a contiguous one, though the same numbers at the same places."""
+    model = Block(bias=True).to(memory_format=torch.channels_last)
+    model.train(not frozen)
+    model.depthwise.weight.data = model.depthwise.weight.data.transpose(2, 3)
+    ours, plain = fused(model), copy.deepcopy(model)
+    x = torch.randn(2, 8, 9, 7)
+    got, expected = step(ours, x), step(plain, x)
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), name
+        assert torch.allclose(got[name], expected[name], rtol=1e-3, atol=1e-3), name
 
 
 def test_a_few_optimiser_steps_in_a_small_network() -> None:

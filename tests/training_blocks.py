@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from blocks import relative_error
+from blocks import BOUNDS, GRADIENT_BOUNDS, relative_error
 from torch import Tensor, nn
 
 import mbv2_kernels as mbv2
 from mbv2_kernels import reference
+
+DRAWS = 8
+NEAR_AN_EDGE = 5e-6  # several rounding steps of what meets the clamps in float32
 
 
 class Block(nn.Module):
@@ -97,46 +102,78 @@ def fused(model: nn.Module, **options: Any) -> nn.Module:
     return mbv2.fuse(copy.deepcopy(model), strict=True, **options)
 
 
-def exact_step(model: Block, x: Tensor) -> dict[str, Tensor]:
-    """One step in float64, but with the two tensors that are kept between sweeps rounded to x's dtype, as every path
-    that stores them has them: a value that rounds across the edge of a clamp changes a gradient by all of itself, and
-    such flips would hide everything else (in bfloat16 some gradients are off by 5e-2 from them alone)."""
-    model = copy.deepcopy(model).double()
-    dtype = x.dtype
+def exact_step(model: Block, x: Tensor) -> tuple[dict[str, Tensor], float]:
+    """One step in float64 with what x's dtype rounds in d and z, and how near a value came to the edge of a clamp.
 
-    def rounded(_: nn.Module, __: object, y: Tensor) -> Tensor:
-        return y + (y.detach().to(dtype).double() - y.detach())
-
-    for convolution in (model.depthwise, model.after[2]):
-        convolution.register_forward_hook(rounded)
-    return step(model, x.double())
-
-
-def check_step(model: Block, x: Tensor, forward_bound: float, gradient_bound: float, **options: Any) -> None:
-    """One step, fused, within the bounds of float64, and no further from it than twice the unfused step is.
-
-    The second holds for the block, the worst of its results and the worst of its gradients, and for two draws of x out
-    of three: in float32 the unfused errors of so few numbers are sometimes next to nothing by luck.
+    The two tensors that are kept are rounded after their statistics have been taken, as the kernels do it. This matters
+    where a value rounds across the edge of a clamp, which changes gradients by all of itself: with other rules in the
+    reference such flips hide everything else. In bfloat16, over 20 draws of "residual", the largest error of a gradient
+    is 0.28 times the bound with these rules, 1.6 with statistics of rounded values, 7.8 without any rounding (and 48 in
+    unfused training).
     """
-    verdicts: list[bool] = []
-    while max(verdicts.count(True), verdicts.count(False)) < 2:
-        verdicts.append(_is_as_near_as_unfused(model, x, forward_bound, gradient_bound, options))
-        x = x.mean() + x.std() * torch.randn_like(x)
-    assert verdicts.count(True) == 2
+    model = copy.deepcopy(model).double()
+    distances: list[Tensor] = []
+
+    def measure(activation: nn.Module, inputs: tuple[Tensor]) -> None:
+        for edge in (0, 6)[: 1 + isinstance(activation, nn.ReLU6)]:
+            away = (inputs[0].detach() - edge).abs()
+            distances.append(away[away > 0].min())  # 0: a sum of zeros, which is exact everywhere
+
+    def keep_rounded(norm: nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+        (v,) = inputs
+        rounding = (v.to(x.dtype).double() - v).detach()
+        if isinstance(norm, nn.BatchNorm2d):
+            var = v.var((0, 2, 3), correction=0) if norm.training else norm.running_var
+            scale = (var + norm.eps).rsqrt() * (norm.weight if norm.affine else 1)
+            rounding = rounding * scale[:, None, None]
+        return y + rounding
+
+    for module in model.modules():
+        if isinstance(module, nn.ReLU6 | nn.ReLU):
+            module.register_forward_pre_hook(measure)
+    for norm in (model.after[0], model.after[3]):
+        norm.register_forward_hook(keep_rounded)
+    return step(model, x.double()), min((float(d) for d in distances), default=math.inf)
 
 
-def _is_as_near_as_unfused(
-    model: Block, x: Tensor, forward_bound: float, gradient_bound: float, options: dict[str, Any]
-) -> bool:
-    ours = fused(model, **options)
-    exact = exact_step(model, x)
-    plain = step(copy.deepcopy(model), x)
-    got = step(ours, x)
-    assert {row.backend for row in mbv2.summary(ours)} == {"cpu"}, mbv2.summary(ours)
+def check_step(model: Block, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+    """Steps on DRAWS random inputs of this shape, against float64 and unfused.
+
+    Each result and each gradient is within its bound, and lean memory gives the same, bit by bit. And the worst result
+    and the worst gradient of the block are not more than twice as far from float64 as the unfused block's, as a
+    geometric mean over the draws, with one rounding step as the least error that counts. A single draw says little: its
+    errors are those of few numbers, and in float32 the ratio, which has a mean of 1.0 to 1.1, scatters by a factor of
+    almost 2 both ways. Draws with a value so near the edge of a clamp that float32's rounding may decide its side are
+    drawn again: the gradient is one of two then, and which one is no question of accuracy.
+    """
+    bounds = BOUNDS[dtype], GRADIENT_BOUNDS[dtype]
+    ratios: list[list[float]] = []
+    for draw in range(DRAWS):
+        nearest = 0.0
+        while nearest < NEAR_AN_EDGE:
+            x = (torch.randn(shape) + 0.5).to(dtype)
+            exact, nearest = exact_step(model, x)
+        ours = fused(model)
+        got, plain = step(ours, x), step(copy.deepcopy(model), x)
+        assert {row.backend for row in mbv2.summary(ours)} == {"cpu"}, mbv2.summary(ours)
+        if draw == 0:
+            lean = step(fused(model, memory="lean"), x)
+            assert all(torch.equal(got[name], lean[name]) for name in got)
+        worst = worst_errors(model, exact, got, plain, bounds)
+        ratios.append([ours / unfused for ours, unfused in worst])
+    means = torch.tensor(ratios).log().mean(0).exp().tolist()
+    assert max(means) <= 2, f"worst result and worst gradient, in units of the unfused block's errors: {means}"
+
+
+def worst_errors(
+    model: Block, exact: dict[str, Tensor], got: dict[str, Tensor], plain: dict[str, Tensor], bounds: Sequence[float]
+) -> list[tuple[float, float]]:
+    """Of results, and of gradients: the largest error, fused and unfused. Asserts that the fused ones are in `bounds`
+    and that dtypes, shapes and counters are the unfused block's."""
     assert got.keys() == plain.keys()
     gradients = dict(model.named_parameters()).keys() | {"x"}
-    eps = torch.finfo(x.dtype).eps
-    worst = {bound: [eps, eps] for bound in (forward_bound, gradient_bound)}
+    eps = torch.finfo(plain["y"].dtype).eps
+    errors: tuple[list[list[float]], ...] = ([[eps, eps]], [[eps, eps]])
     for name, expected in exact.items():
         assert got[name].dtype == plain[name].dtype and got[name].shape == plain[name].shape, name
         if not expected.is_floating_point():
@@ -145,8 +182,8 @@ def _is_as_near_as_unfused(
             # Nothing but rounding noise, ours or theirs: a bias before a BatchNorm has no effect.
             assert float(got[name].double().norm()) <= max(float(plain[name].double().norm()), eps), name
         else:
-            errors = [relative_error(found[name], expected) for found in (got, plain)]
-            bound = gradient_bound if name in gradients else forward_bound
-            assert errors[0] < bound, f"{name}: {errors[0]:.1e}"
-            worst[bound] = [max(pair) for pair in zip(worst[bound], errors, strict=True)]
-    return all(error <= 2 * unfused for error, unfused in worst.values())
+            pair = [relative_error(found[name], expected) for found in (got, plain)]
+            kind = name in gradients
+            assert pair[0] < bounds[kind], f"{name}: {pair[0]:.1e}"
+            errors[kind].append(pair)
+    return [(max(ours), max(unfused)) for ours, unfused in (zip(*pairs, strict=True) for pairs in errors)]
