@@ -7,8 +7,8 @@ amplifies every rounding: after some steps two runs have nothing but their cours
 by is judged by that spread.
 
 Such curves show that a network learns, not that its gradients are exact: with the batch statistics' part left out of
-every gradient of a block's input they stay within the spread, and so does the accuracy. Therefore gradients with the
-trained weights are compared with float64 as well, block by block.
+every gradient of a block's input, accuracy (99.16 %) and distance of the curves (0.279, with it 0.283) were within the
+spread. Therefore gradients with the trained weights are compared with float64 as well, block by block.
 
 Under torchrun the processes share every batch (DistributedDataParallel), and the fused blocks their statistics
 (SyncBatchNorm).
@@ -51,7 +51,7 @@ SHIFT = 2  # pixels, at most, in each direction
 SMOOTHED = 10  # steps that a point of a curve is the mean of
 SPREAD_SLACK = 1.5
 ACCURACY = 0.98
-#: Shares of right answers among 360 pictures, near 99 %, differ by 0.7 % (one standard deviation) by chance.
+#: Shares of right answers among 359 pictures, near 99 %, differ by 0.7 % (one standard deviation) by chance.
 ACCURACY_SLACK = 0.01
 
 
