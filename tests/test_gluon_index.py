@@ -1,21 +1,18 @@
-"""The Gluon kernel's index arithmetic, on any machine: nothing executes Gluon without a GPU, so its functions of
-indices (triton/gluon_index.py, which the kernel compiles) run here over arrays, in the kernel's order of events.
+"""The Gluon kernel's index arithmetic, on any machine: its functions of indices (triton/gluon_index.py, which the
+kernel compiles) run here over arrays.
 
-What is caught: a wrong pixel, slot, mask or column, a slot that is read before it is written, an output that is written
-twice or never, an address outside the allocation, at odd sizes, strides, several parts and images a program, splits.
-What is not: layouts, barriers, the inline assembly (compiled in test_gluon_offline.py, run in test_gpu.py).
+What is caught: a wrong pixel, slot or mask, a slot that is read before it is written, an output that is written twice
+or never, an address outside the allocation, at odd sizes, strides, several parts and images a program, splits. Unlike
+test_gluon_kernel.py, which runs the kernel's own code, this affords the network's full sizes.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 
-from mbv2_kernels import reference
 from mbv2_kernels.triton import gluon_configs, gluon_index, offline
 from mbv2_kernels.triton.configs import Device, Problem
 from mbv2_kernels.triton.gluon_configs import Pads, Plan, Tile
@@ -252,92 +249,3 @@ def test_addresses(name: str) -> None:
     slot = gluon_index.slot_of_row(arange(4), g.step)
     stored = {(int(s) * k["PITCH"] * 2 + byte) % 128 for s in slot for byte in range(0, 32, 8)}
     assert len(stored) == 16
-
-
-def emulate(
-    case: Case, x: np.ndarray, w1: Any, b1: Any, wd: np.ndarray, b2: np.ndarray, w2: np.ndarray, b3: np.ndarray
-) -> np.ndarray:
-    """The kernel in fp64, statement by statement: x [N, H, W, CIN], wd [K * K, C]; returns [N, HO, WO, COUT]."""
-    g = Geometry(case)
-    k, taps = g.k, case.kernel**2
-    chunk, c_all, pitch = k["CE"], case.hidden_channels, k["PITCH"]
-    per_split = math.ceil(math.ceil(c_all / chunk) / k["SPLITS"]) * chunk
-    height, width = case.out()
-    y = np.full((k["SPLITS"], case.batch * height * width, case.out_channels), np.nan)
-    column = gluon_index.packed_column(arange(chunk))
-    d_column = gluon_index.packed_column(arange(16))
-
-    def masked(matrix: np.ndarray, channels: np.ndarray) -> np.ndarray:
-        """matrix[..., channels], 0 from the last channel on."""
-        return np.where(channels < c_all, matrix[..., np.minimum(channels, c_all - 1)], 0.0)
-
-    for program in range(g.plan.programs):
-        slots, (pixel, valid, n) = g.windows(program), g.outputs(program)
-        rows = x.reshape(-1, case.in_channels)[n * case.height * case.width :]
-        base = g.first_taps()
-        for split in range(k["SPLITS"]):
-            acc = np.zeros((k["Q"], case.out_channels)) + (b3 if k["SPLITS"] == 1 else 0)
-            for c0 in range(split * per_split, min((split + 1) * per_split, c_all), chunk):
-                c = c0 + np.arange(chunk)
-                es = np.full(k["STORAGE"], np.nan)
-                inside = (slots >= 0)[:, None]
-                window = np.where(inside, rows[np.maximum(slots, 0)], 0.0)
-                tap_values = np.vstack([masked(wd, c), masked(b2, c)])
-                taps_flat = np.full((taps + 1) * chunk, np.nan)
-                kept = slots != UNWRITTEN
-                address = np.arange(len(slots))[kept][:, None] * pitch
-                if case.expand:
-                    e = np.clip(window @ masked(w1.T, c) + inside * masked(b1, c), 0, 6)
-                    es[address + column[None, :]] = e[kept]
-                    operand = c
-                    taps_flat.reshape(-1, chunk)[:, column] = tap_values
-                else:
-                    es[address + np.arange(chunk)[None, :]] = masked(window, c)[kept]
-                    operand = c0 + column
-                    taps_flat.reshape(-1, chunk)[:, :] = tap_values
-                w2_tile = masked(w2, operand)
-                for sub in range(chunk // 16):
-                    if sub > 0 and c0 + sub * 16 >= min((split + 1) * per_split, c_all):
-                        continue
-                    d_index = base[:, None] * pitch + d_column[None, :] + sub * 16
-                    d = np.broadcast_to(taps_flat[taps * chunk + sub * 16 + d_column], (k["Q"], 16)).copy()
-                    for tap in range(taps):
-                        offset = (tap // case.kernel * k["IW"] + tap % case.kernel) * pitch
-                        d += es[d_index + offset] * taps_flat[tap * chunk + sub * 16 + d_column]
-                    acc += np.clip(d, 0, 6) @ w2_tile[:, sub * 16 : sub * 16 + 16].T
-            y[split, pixel[valid] + n * height * width] = acc[valid]
-    total = y.sum(0) + (b3 if k["SPLITS"] > 1 else 0)
-    total = total.reshape(case.batch, height, width, case.out_channels)
-    return total + x if case.residual else total
-
-
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.height < 30])
-def test_the_kernel_statement_by_statement(name: str) -> None:
-    """Chunks, splits, the packed columns of e, taps and w2, and the channels that a last chunk lacks, in fp64."""
-    case = CASES[name]
-    torch.manual_seed(0)
-    c, i, o, kernel = case.hidden_channels, case.in_channels, case.out_channels, case.kernel
-
-    def rand(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, dtype=torch.float64)
-
-    x, wd, b2, w2, b3 = (
-        rand(case.batch, i, case.height, case.width),
-        rand(c, 1, kernel, kernel),
-        rand(c),
-        rand(o, c),
-        rand(o),
-    )
-    w1, b1 = (rand(c, i), rand(c)) if case.expand else (None, None)
-    top, bottom, left, right = case.pads()
-    # padding is of the hidden tensor, and possibly not the same on all sides
-    hidden = x if w1 is None else torch.nn.functional.conv2d(x, w1[:, :, None, None], b1).clamp(0, 6)
-    hidden = torch.nn.functional.pad(hidden, (left, right, top, bottom))
-    want = reference.inverted_residual(
-        hidden, None, None, wd, b2, w2[:, :, None, None], b3, stride=case.stride, padding=0, activation="relu6"
-    )
-    want = want + x if case.residual else want
-    weights = [None if t is None else t.numpy() for t in (w1, b1)]
-    taps = wd.reshape(c, -1).T.contiguous().numpy()
-    y = emulate(case, x.permute(0, 2, 3, 1).contiguous().numpy(), *weights, taps, b2.numpy(), w2.numpy(), b3.numpy())
-    np.testing.assert_allclose(y, want.permute(0, 2, 3, 1).numpy(), rtol=1e-10, atol=1e-10)
