@@ -120,7 +120,9 @@ def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -
         weights = memo.get(tensors, eps, run, lambda folded: triton.prepare_weights(x.dtype, *folded))
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             memo.keep(tensors, weights)  # the graph will read them at every replay
-        return triton.inverted_residual(x, *weights, *config)
+        y, kernel, reason = triton.run(x, *weights, *config)
+        memo.note(tensors, run._replace(tier=kernel, reason=reason))
+        return y
     memo.note(tensors, _REFERENCE)
     weights = fold(tensors, eps)  # anew in every call: gradcheck edits its inputs in ways no memo can notice
     y = reference.inverted_residual(x, *weights, **config._asdict())

@@ -229,8 +229,9 @@ class Run(NamedTuple):
     """What ran a block: the key under which the memo keeps its weights, and what `summary` shows."""
 
     backend: str
-    tier: str | None = None
+    tier: str | None = None  # of the CPU kernels, or which of the two Triton kernels
     dtype: torch.dtype | None = None  # of the kept weights, where that depends on the input
+    reason: str = ""  # why this tier, where there was a choice
 
 
 _Watch = list[weakref.ref[torch.UntypedStorage]]
@@ -312,10 +313,10 @@ class Memo:
             if all(value is not kept for kept in values):
                 values.append(value)
 
-    def last_run(self, tensors: Tensors) -> tuple[str, str | None] | None:
-        """Backend and tier that last ran the block of these tensors; None if none has, since they changed place."""
+    def last_run(self, tensors: Tensors) -> Run | None:
+        """What last ran the block of these tensors; None if nothing has, since they changed place."""
         record = self._records.get(_key(tensors))
-        return None if record is None or record.last_run is None else record.last_run[:2]
+        return None if record is None else record.last_run
 
     def forget(self, tensors: Tensors) -> None:
         """Drops what is kept for these tensors: call it when they change in a way no version counter shows."""

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import _C, training_forward
 from .backends import UNCHECKED, get_backend, packed_block, packed_layer, training_refused, unchecked_gpu
-from .fold import BlockTensors, Layer, memo
+from .fold import BlockTensors, Layer, Run, memo
 from .functional import is_transformed, run_block, run_layer
 from .reference import ACTIVATIONS
 
@@ -87,7 +87,7 @@ class FusedForward:
         self.batches_seen: list[int] = []
         self.warned: set[str] = set()
         self.last_reason: str | None = None
-        self.last_run: tuple[str, str | None] | None = None
+        self.last_run: Run | None = None
         self._unchanged: Callable[[], bool] | None = None
         self._step_dims: list[int] = []
         self._step_numbers: list[int] = []
@@ -289,8 +289,8 @@ class FusedForward:
         """Such weights are new tensors whenever they are read, and reading may have effects (spectral norm)."""
         return any("weight" not in layer.conv._parameters for layer in self.layers if layer is not None)
 
-    def what_ran(self) -> tuple[str, str | None] | None:
-        """Backend and tier of the last fused run, of compiled code too; None if there was none."""
+    def what_ran(self) -> Run | None:
+        """The last fused run, of compiled code too; None if there was none."""
         if self._has_parametrized_weights():
             return self.last_run
         tensors = self.tensors()

@@ -24,8 +24,10 @@ class FusionRow:
     """One block of a model or one dense layer around its blocks, or what looked like one.
 
     path: as in `model.named_modules()`. kind: inverted_residual, depthwise_separable, stem or head.
-    fused: calls run the fused kernel. reason: why not, or why the original modules run at the moment.
-    backend, tier: what last ran it ("cpu" and "avx2"; "original modules"), None before the first call.
+    fused: calls run the fused kernel. reason: why not, or why the original modules run at the moment, or, of the two
+        kernels of backend "triton", why the last call ran this one.
+    backend, tier: what last ran it ("cpu" and "avx2"; "triton" and which of its kernels, "gluon" or "triton";
+        "original modules"), None before the first call.
     """
 
     path: str
@@ -185,7 +187,7 @@ def _fused_row(path: str, module: nn.Module, forward: FusedForward) -> FusionRow
     if forward.last_reason is not None:
         backend = ORIGINAL
     elif run := forward.what_ran():
-        backend, tier = run
+        backend, tier, reason = run.backend, run.tier, reason or run.reason
     return FusionRow(path, type(module).__name__, forward.kind, fused, reason, backend, tier)
 
 

@@ -117,7 +117,7 @@ class TestMemo:
         for _ in range(2):
             for what in (Run("cpu", "avx2"), Run("cpu", "portable"), Run("triton", None, torch.float16)):
                 own.get(tensors, EPS, what, build)
-                assert own.last_run(tensors) == what[:2]
+                assert own.last_run(tensors) == what
         assert build.calls == 3
         assert len(own) == 1
 
@@ -205,7 +205,7 @@ class TestMemo:
             _C.set_max_isa(name)
             _C.reset_counters()
             assert_fresh(x, tensors)
-            assert memo.last_run(tensors) == ("cpu", name)
+            assert memo.last_run(tensors) == Run("cpu", name)
             assert _C.counters()[name] == 1
         assert len(memo) == 1
 
@@ -213,13 +213,13 @@ class TestMemo:
         tensors = make_block()
         assert memo.last_run(tensors) is None
         run(image(), tensors)
-        assert memo.last_run(tensors) == ("cpu", _C.active_tier())
+        assert memo.last_run(tensors) == Run("cpu", _C.active_tier())
         set_backend("reference")
         run(image(), tensors)
-        assert memo.last_run(tensors) == ("reference", None)
+        assert memo.last_run(tensors) == Run("reference")
         set_backend("auto")
         run(image(), tensors)
-        assert memo.last_run(tensors) == ("cpu", _C.active_tier())
+        assert memo.last_run(tensors) == Run("cpu", _C.active_tier())
         memo.forget(tensors)
         assert memo.last_run(tensors) is None
 
@@ -336,7 +336,7 @@ class TestInferenceTensors:
                     tensors.project_weight.mul_(2)
         assert [r.name for r in caplog.records] == ["mbv2_kernels"]
         assert "inference_mode" in caplog.text
-        assert memo.last_run(tensors) == ("cpu", _C.active_tier())
+        assert memo.last_run(tensors) == Run("cpu", _C.active_tier())
         assert next(iter(memo._records.values())).values == {}
 
     def test_ordinary_tensors_in_inference_mode_are_kept(self) -> None:

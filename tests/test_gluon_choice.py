@@ -81,6 +81,28 @@ def test_late_blocks_are_split_at_batch_1() -> None:
         assert plan is not None and plan.programs * plan.splits >= 9
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_choice_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What `summary` shows and the log says: by default, by wish (a warning where it cannot be), by demand."""
+    from mbv2_kernels.triton import ops
+
+    monkeypatch.setattr(ops, "triton_version", lambda: (3, 8))
+    monkeypatch.delenv(ops.KERNEL_VARIABLE, raising=False)
+    ops._report.cache_clear()
+    arguments = H200, ONE, 56 * 56
+    plan, reason = ops._choose_gluon(B3, *arguments, None, True)
+    assert plan is None and "not been checked" in reason
+    monkeypatch.setenv(ops.KERNEL_VARIABLE, "gluon")
+    plan, reason = ops._choose_gluon(B3, *arguments, None, True)
+    assert plan is not None and reason == "asked for" and not caplog.records
+    for _ in range(2):
+        plan, reason = ops._choose_gluon(B3, *arguments, None, False)
+    assert plan is None and "does not start at a multiple of 16 bytes" in reason
+    assert [record.message for record in caplog.records] == [f"blocks run the Triton kernel: {reason}"]
+    with pytest.raises(ValueError, match="dilation 2"):
+        ops._choose_gluon(B3._replace(dilation=2), *arguments, "gluon", True)
+
+
 class _Launch:
     """Stands in for the compiled kernel: records the grid and the arguments."""
 

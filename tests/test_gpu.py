@@ -496,4 +496,8 @@ def test_gluon_network(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, batc
     _gluon(*_draw(BLOCKS["b3"], 1, torch.float16))  # skips where there is none
     monkeypatch.setenv(ops.KERNEL_VARIABLE, "gluon")
     model, x = _model(), torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype)
-    _same_answer(mbv2.fuse(copy.deepcopy(model).to(dtype)), model, x)
+    fused = mbv2.fuse(copy.deepcopy(model).to(dtype))
+    _same_answer(fused, model, x)
+    assert [(row.tier, row.reason) for row in mbv2.summary(fused) if row.backend == "triton"] == [
+        ("gluon", "asked for")
+    ] * 17

@@ -68,6 +68,29 @@ def test_the_row_of_summary_says_why(hopper: None) -> None:
     assert row.backend == "original modules" and 'set_backend("triton")' in row.reason
 
 
+@pytest.mark.parametrize(
+    ("kernel", "why"), [("gluon", "checked on H200"), ("triton", "the Gluon kernel has not been checked here")]
+)
+def test_the_row_of_summary_names_the_kernel(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, kernel: str, why: str
+) -> None:
+    """Which of the two Triton kernels ran, and why; the weights, the same for both, are kept once."""
+    prepared = []
+    triton = SimpleNamespace(
+        prepare_weights=lambda dtype, *folded: prepared.append(dtype) or folded,
+        run=lambda x, *arguments: (torch.zeros_like(x), kernel, why),
+    )
+    monkeypatch.setattr(backends, "_select_triton", lambda x, tensors: triton)
+    model = mbv2.fuse(mbv2.models.mobilenet_v2(0.35).eval())
+    mbv2.set_backend("triton")
+    with torch.no_grad():
+        for _ in range(2):
+            model.features[3](torch.randn(1, 8, 8, 8))
+    row = next(row for row in mbv2.summary(model) if row.path == "features.3")
+    assert (row.fused, row.backend, row.tier, row.reason) == (True, "triton", kernel, why)
+    assert prepared == [torch.float32]
+
+
 def test_opting_in_and_checked_architectures(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, x = block().forward, on_gpu(1, 8, 8, 8)
     mbv2.set_backend("triton")

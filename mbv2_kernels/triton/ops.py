@@ -143,8 +143,8 @@ def gluon_status(device: configs.Device) -> str:
 def _choose_gluon(
     problem: configs.Problem, device: configs.Device, pads: gluon_configs.Pads, in_pixels: int, kernel: str | None,
     aligned: bool, **options: Any,
-) -> gluon_configs.Plan | None:  # fmt: skip
-    """The Gluon kernel's plan if it is to run. `kernel` is a demand, the environment variable a wish."""
+) -> tuple[gluon_configs.Plan | None, str]:  # fmt: skip
+    """(the Gluon kernel's plan if it is to run, why). `kernel` is a demand, the environment variable a wish."""
     wish = kernel or os.environ.get(KERNEL_VARIABLE) or None
     _require(
         wish is None or wish in gluon_configs.KERNELS, f"kernel must be one of {gluon_configs.KERNELS}, got {wish!r}"
@@ -155,7 +155,7 @@ def _choose_gluon(
     _require(plan is not None or kernel != "gluon", reason)
     level = logging.WARNING if wish == "gluon" and plan is None else logging.DEBUG
     _report("Triton" if plan is None else "Gluon", reason, level)
-    return plan
+    return plan, reason
 
 
 def _require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
@@ -202,7 +202,15 @@ def _check_weights(
     return hidden, out, kernel
 
 
-def inverted_residual(
+def inverted_residual(*arguments: Any, **options: Any) -> torch.Tensor:
+    """The fused block on a CUDA tensor (or a CPU tensor under TRITON_INTERPRET=1); the contract of the op of that name.
+
+    Arguments as `run` has them.
+    """
+    return run(*arguments, **options)[0]
+
+
+def run(
     x: torch.Tensor,
     w_expand: torch.Tensor | None,
     b_expand: torch.Tensor | None,
@@ -221,11 +229,11 @@ def inverted_residual(
     splits: int | None = None,
     kernel: str | None = None,
     gluon: dict[str, Any] | None = None,
-) -> torch.Tensor:
-    """The fused block on a CUDA tensor (or a CPU tensor under TRITON_INTERPRET=1); the contract of the op of that name.
+) -> tuple[torch.Tensor, str, str]:
+    """`inverted_residual` and what computed it: (y, which of gluon_configs.KERNELS, why that one).
 
     x [N, Cin, H, W] fp16, bf16 or fp32, any strides; weights in torch's convolution shapes, any float dtype; padding in
-    pixels, -1 for "same". Returns [N, Cout, Ho, Wo] in x's dtype, dense channels_last. Raises ValueError naming the
+    pixels, -1 for "same". y is [N, Cout, Ho, Wo] in x's dtype, dense channels_last. Raises ValueError naming the
     argument. For tests and tuning: `tile` and `splits` override the table of configs.py; `kernel` "gluon" or "triton"
     demands that kernel (ValueError if it cannot), `gluon` has tile, splits and half of gluon_configs.plan.
     """
@@ -258,7 +266,7 @@ def inverted_residual(
         (batch, out_channels, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     if y.numel() == 0:
-        return y
+        return y, "triton", "nothing to compute"
     if x.is_cuda:
         device = _device(x.device.index)
     else:
@@ -274,9 +282,10 @@ def inverted_residual(
         w_expand is not None, x.element_size(), tensor_cores,
     )  # fmt: skip
     x = x.contiguous(memory_format=torch.channels_last)
+    reason = "asked for" if x.is_cuda else "Triton's interpreter has no Gluon"
     if x.is_cuda and tile is None and splits is None:
         pads = gluon_configs.Pads(top, pad_y - top, left, pad_x - left)
-        gluon_plan = _choose_gluon(
+        gluon_plan, reason = _choose_gluon(
             problem, device, pads, height * width, kernel, x.data_ptr() % 16 == 0, **gluon or {}
         )  # fmt: skip
         if gluon_plan is not None:
@@ -285,7 +294,7 @@ def inverted_residual(
                 _launch_gluon(
                     x, weights, y, gluon_plan, size, stride, top, left, activation, final_activation, residual
                 )
-            return y
+            return y, "gluon", reason
     else:
         _require(kernel != "gluon", "the Gluon kernel runs on CUDA tensors, with its own tiles and splits")
     plan = configs.plan(problem, device, height * width, tile, splits)
@@ -298,7 +307,7 @@ def inverted_residual(
             x, w1, b1, taps, b2, w2, b3, y, plan,
             size, stride, dilation, top, left, activation, final_activation, residual, tensor_cores,
         )  # fmt: skip
-    return y
+    return y, "triton", reason
 
 
 def _launch(
