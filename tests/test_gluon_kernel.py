@@ -1,6 +1,6 @@
 """The Gluon kernel's own code, run on the CPU by gluon_emulator.py and launched by ops.py: right against fp64, and no
-asynchronous copy or wgmma without its wait, fence and barrier. What that leaves to a GPU: layouts, and the barriers
-that Triton puts between ordinary accesses (test_gluon_offline.py looks at those of the compiled kernel).
+asynchronous copy or wgmma without its wait, fence and barrier. Many shapes, nothing compiled: layouts and the barriers
+that Triton adds are in test_triton_ptx.py.
 """
 
 from __future__ import annotations

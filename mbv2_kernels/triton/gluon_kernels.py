@@ -467,6 +467,8 @@ def fused_block(
                         acc_a = warpgroup_mma_wait(0, [acc_a])
         if EXPAND and b1_ptr is not None:
             bias.store(next_bias)
+    if EXPAND:
+        async_copy.wait_group(0)  # w1 of a chunk that does not exist: no copy may outlive its program
 
     _store(
         acc_a, 0, x_ptr, y_ptr, first, n, N, HO, WO,
