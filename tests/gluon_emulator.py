@@ -155,7 +155,8 @@ def _implicit_barrier() -> None:
 
 
 class Shared:
-    """An allocation, or a view of one. The flags of an element belong to it like its value."""
+    """An allocation, or a view of one. The flags of an element belong to it like its value. "unseen" by wgmma: 1 before
+    a fence, 2 before a barrier after the write."""
 
     COPYING, ARRIVED = 1, 2  # an asynchronous copy: begun; waited for, by its own thread alone
 
@@ -199,7 +200,7 @@ class Shared:
         assert not (self.flags["copy"] != 0).any() and value.dtype is self.dtype
         self.values.copy_(value.data)
         self.flags["written"].fill_(True)
-        self.flags["unfenced"].fill_(2)
+        self.flags["unseen"].fill_(3)
 
     def scatter(self, value: Block, index: Block, axis: int) -> None:
         part, i = self._at(index, axis), index.data.long()
@@ -211,17 +212,17 @@ class Shared:
         kept, mine = self.values[i].float(), value.data.float()
         assert bool(((kept == mine) | (kept.isnan() & mine.isnan())).all()), "two values for one element"
         self.flags["written"][i] = True
-        self.flags["unfenced"][i] = 2
+        self.flags["unseen"][i] = 3
 
     def begin_copy(self, values: Tensor) -> None:
         assert not self.flags["read"].any(), "a copy into what is read since the last barrier"
         assert not self.flags["written"].any() and not (self.flags["copy"] != 0).any(), "two writes, no barrier"
         self.values.copy_(values)
         self.flags["copy"].fill_(self.COPYING)
-        self.flags["unfenced"].fill_(2)
+        self.flags["unseen"].fill_(3)
 
     def read_by_wgmma(self) -> Tensor:
-        unsafe = (self.flags["copy"] != 0) | (self.flags["unfenced"] != 0)
+        unsafe = (self.flags["copy"] != 0) | (self.flags["unseen"] != 0)
         self.flags["read"].fill_(True)
         MACHINE.running.append(self)
         return self.values.masked_fill(unsafe, float("nan"))
@@ -232,16 +233,15 @@ def barrier() -> None:
         flags = shared.flags
         flags["read"].fill_(False)
         flags["written"].fill_(False)
+        flags["unseen"][flags["copy"] != Shared.COPYING] &= 1
         flags["copy"][flags["copy"] == Shared.ARRIVED] = 0
-        flags["unfenced"][flags["unfenced"] == 1] = 0
     for shared in MACHINE.running:
         shared.flags["read"].fill_(True)
 
 
 def fence_async_shared() -> None:
     for shared in MACHINE.shared:
-        fenced = (shared.flags["unfenced"] == 2) & (shared.flags["copy"] != Shared.COPYING)
-        shared.flags["unfenced"][fenced] = 1
+        shared.flags["unseen"][shared.flags["copy"] != Shared.COPYING] &= 2
 
 
 def wait_group(pending: int) -> None:
@@ -263,7 +263,7 @@ def async_load(shared: Shared, pointer: Pointer, mask: Block) -> None:
 def allocate_shared_memory(dtype: DType, shape: list[int], layout: Any) -> Shared:
     values = torch.full(shape, float("nan") if dtype.torch.is_floating_point else -(10**6), dtype=dtype.torch)
     flags = {name: torch.zeros(shape, dtype=torch.bool) for name in ("read", "written", "committed")}
-    flags |= {name: torch.zeros(shape, dtype=torch.uint8) for name in ("copy", "unfenced")}
+    flags |= {name: torch.zeros(shape, dtype=torch.uint8) for name in ("copy", "unseen")}
     shared = Shared(dtype, values, flags)
     MACHINE.shared.append(shared)
     return shared

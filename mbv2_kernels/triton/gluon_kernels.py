@@ -37,8 +37,8 @@ Where everything is. All index arithmetic is in gluon_index.py, which a test run
               below an image the one above the next: IH x IW has one zero row and column, not two. LEAD zeros precede.
 
 The bias of the expand product and the zeros outside the image both come out of the tensor cores. x has three more
-columns, 1 inside the image and 0 outside; w1 has the bias there, as a sum of three 16-bit numbers (33 bits in fp16, 24
-in bf16). Outside, e = act(0) = 0.
+columns, 1 inside the image and 0 outside, which are in registers; w1 has the bias there, as a sum of three 16-bit
+numbers (33 bits in fp16, 24 in bf16). Outside, e = act(0) = 0.
 
 Rounding and clamping are inline assembly: two values an instruction, whatever Triton's version makes of maximum() and
 minimum(). NaN survives them (.relu and min.NaN hand it on), as in torch.
@@ -206,7 +206,7 @@ def _expand(xs, ones, w1, bias, CIN: gl.constexpr, BK: gl.constexpr, ACC: gl.con
             e = warpgroup_mma(xs.slice(step * BK, BK, 1), w, e, is_async=True)
         return warpgroup_mma_wait(0, [e])
     else:
-        e = mma_v2(ones.load(A), bias.permute((1, 0)).load(B), e)
+        e = mma_v2(ones, bias.permute((1, 0)).load(B), e)
         for step in gl.static_range((CIN + BK - 1) // BK):
             w = w1.slice(step * BK, BK, 1).permute((1, 0))
             e = mma_v2(xs.slice(step * BK, BK, 1).load(A), w.load(B), e)
@@ -323,13 +323,13 @@ def fused_block(
     ACC_E: gl.constexpr = _accumulator(CE, WARPS, HOPPER)
     ACC_A: gl.constexpr = _accumulator(CO_A, WARPS, HOPPER)
     ACC_B: gl.constexpr = _accumulator(CO_B, WARPS, HOPPER)
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC_E, 2)
     D: gl.constexpr = gl.DotOperandLayout(0, ACC_A, 2)  # the same registers for ACC_B: the columns are not in it
     STORE_E: gl.constexpr = _store_layout(BP, CE, WARPS)
     LX: gl.constexpr = _vectors(KA, 8, WARPS)
     LC: gl.constexpr = _vectors(CE, 8, WARPS)
     LT: gl.constexpr = _vectors(CE, 4, WARPS)
     LB: gl.constexpr = _vectors(16, 4, WARPS)
-    L16: gl.constexpr = _vectors(16, 16, WARPS)
     L1: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ROWS: gl.constexpr = gl.NVMMASharedLayout(2 * BK, 16, 2)
@@ -363,25 +363,24 @@ def fused_block(
     if EXPAND:
         # an allocation for each block: the compiler then sees that they do not overlap and adds no barriers
         xs = ()
-        ones = ()
         for _ in gl.static_range(NP):
             xs = xs + (gl.allocate_shared_memory(DTYPE, [BP, KA], ROWS),)  # noqa: RUF005  (Gluon has no unpacking)
-            ones = ones + (gl.allocate_shared_memory(DTYPE, [BP, 16], ROWS_16),)  # noqa: RUF005
         w1 = gl.allocate_shared_memory(DTYPE, [CE, KA], ROWS)
         bias = gl.allocate_shared_memory(DTYPE, [CE, 16], ROWS_16)
         _copy_rows(w1, w1_ptr + first_channel * CIN, 0, C - first_channel, CIN, 0, CIN, WARPS)
         i = gl.arange(0, KA, gl.SliceLayout(0, LX))
-        k = gl.arange(0, 16, gl.SliceLayout(0, L16))
         for block in gl.static_range(NP):
             p = block * BP + slot_of_row(gl.arange(0, BP, gl.SliceLayout(1, LX)), STEP)
             x_pixel = pixels.gather(p, 0)
             mask = (x_pixel >= 0)[:, None] & (i < CIN)[None, :]
             async_copy.async_load(xs[block], x_ptr + (x_pixel * CIN)[:, None] + i[None, :], mask=mask)
         async_copy.commit_group()
+        ones = ()
+        k = gl.arange(0, 16, gl.SliceLayout(0, A))
         for block in gl.static_range(NP):
-            p = block * BP + slot_of_row(gl.arange(0, BP, gl.SliceLayout(1, L16)), STEP)
+            p = block * BP + slot_of_row(gl.arange(0, BP, gl.SliceLayout(1, A)), STEP)
             inside = gl.where(pixels.gather(p, 0) >= 0, 1.0, 0.0).to(DTYPE)
-            ones[block].store(gl.where((k < 3)[None, :], inside[:, None], 0.0).to(DTYPE))
+            ones = ones + (gl.where((k < 3)[None, :], inside[:, None], 0.0).to(DTYPE),)  # noqa: RUF005
         if b1_ptr is None:
             bias.store(gl.zeros([CE, 16], DTYPE, LB))
         else:
@@ -413,10 +412,11 @@ def fused_block(
         tap_mask = (tap < tap_rows)[:, None] & (c0 + tap_c < C)[None, :]
         tap_values = gl.load(tap_ptr + c0, mask=tap_mask, other=0.0)
         if EXPAND:
+            # the wait right before the barrier: anywhere else the compiler adds another barrier behind it
             async_copy.wait_group(0)  # x, w1
+            gl.barrier()  # 1
             if HOPPER:
                 fence_async_shared()  # wgmma reads through another path than these threads wrote
-            gl.barrier()  # 1
             _copy_rows(w2_a, w2_ptr + c0, 0, COUT, C, 0, C - c0, WARPS)
             if CO_B > 0:
                 _copy_rows(w2_b, w2_ptr + c0, CO_A, COUT, C, 0, C - c0, WARPS)
@@ -428,7 +428,6 @@ def fused_block(
                 if LEAD + NP * BP - 1 > LAST_SLOT:  # unused slots, all of them 0, share the last one
                     slot = gl.minimum(slot, LAST_SLOT)
                 _scatter(es, e, (slot * PITCH)[:, None] + e_column[None, :])
-            async_copy.wait_group(0)  # w2
         else:
             _store_packed(w2_a, w2_ptr + c0, 0, COUT, C, 0, C - c0, WARPS)
             if CO_B > 0:
@@ -445,9 +444,11 @@ def fused_block(
                 slot = gl.minimum(LEAD + block * BP + x_p, LAST_SLOT)
                 _scatter(es, values[block], (slot * PITCH)[:, None] + x_c[None, :])
         _scatter(taps, tap_values.to(TAP_TYPE), (tap * CE)[:, None] + tap_column[None, :])
+        if EXPAND:
+            async_copy.wait_group(0)  # w2
+        gl.barrier()  # 2
         if HOPPER:
             fence_async_shared()
-        gl.barrier()  # 2
         if EXPAND:
             _copy_rows(w1, w1_ptr + (c0 + CE) * CIN, 0, C - c0 - CE, CIN, 0, CIN, WARPS)
             async_copy.commit_group()

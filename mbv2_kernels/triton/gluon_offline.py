@@ -135,12 +135,14 @@ def executed(sass: str, block: Block, chunk: int) -> collections.Counter[str]:
     for start, (condition, name, rest) in enumerate(code):
         target = name.startswith("BRA") and condition and re.search(r"\.L_x_\d+", rest)
         if target and start in loop and start + 60 < labels[target[0]] <= loop.stop:
-            jumps.append(code[start + 1 : labels[target[0]]])
+            jumps.append(range(start + 1, labels[target[0]]))
     if len(jumps) != chunk // 16 - 1:  # the compiler arranged them otherwise: an upper bound, then
         return total
     for number, body in enumerate(jumps, 1):
         lacking = chunks - math.ceil(max(0, block.hidden_channels - 16 * number) / chunk)
-        total.subtract({name: lacking * n for name, n in collections.Counter(name for _, name, _ in body).items()})
+        # whoever lacks the second 16 channels lacks the third: one jump may go over the next one's instructions as well
+        own = [i for i in body if not any(i in inner for inner in jumps[number:])]
+        total.subtract({name: lacking * n for name, n in collections.Counter(code[i][1] for i in own).items()})
     return total
 
 
@@ -185,9 +187,10 @@ def figures(
     if half:  # the taps are fp16, so their loads, the same for eight lanes, are LDS.64 too
         cycles -= (2 * ways - 1) * math.ceil(block.hidden_channels / 16) * (block.kernel**2 + 1)
     if plan.hopper and block.expand:  # wgmma reads both operands of the expand product, 128 bytes a cycle
-        rows, k = plan.blocks * tile.block, math.ceil(block.in_channels / plan.x_step) * plan.x_step + 16
+        rows, k = plan.blocks * tile.block, math.ceil(block.in_channels / plan.x_step) * plan.x_step
         chunks = math.ceil(block.hidden_channels / tile.chunk)
-        cycles += chunks * (rows + tile.chunk * rows / 64) * k * 2 / 128 / tile.warps
+        # of the columns for the bias only w1's are in shared memory
+        cycles += chunks * (rows * k + tile.chunk * rows / 64 * (k + 16)) * 2 / 128 / tile.warps
     shared_cycles = scale / 32 * cycles
     shared = kernel.metadata.shared
     resident = min(
