@@ -261,6 +261,7 @@ def bench(arguments: argparse.Namespace) -> int:
         peak = 1e3 * header["matmul_tflop_s"]
     else:
         peak = header["fma_peak_gflops_per_thread"] * threads
+    memory = DEVICE.peak_bytes if x.device.type == "cuda" else None
     print(f"{describe(header)}\n{title(arguments, x)}\n{note}", flush=True)
     progress = Progress()
     block_results: list[Comparison] = []
@@ -268,7 +269,7 @@ def bench(arguments: argparse.Namespace) -> int:
     try:
         if arguments.only != "network":
             block_results = compare_blocks(
-                model, x, block_peers, threads=threads, seconds=arguments.seconds, progress=progress
+                model, x, block_peers, threads=threads, seconds=arguments.seconds, progress=progress, memory=memory
             )
             progress.clear()
             print(f"\nblocks, milliseconds (medians):\n{table(block_results, block_peers, peak)}", flush=True)
@@ -276,7 +277,9 @@ def bench(arguments: argparse.Namespace) -> int:
             progress("network" if arguments.no_compile else "network (torch.compile takes a minute)", 0, 1)
             budget = 4 * arguments.seconds
             network_results = [
-                compare("network", model, x, network_peers, threads=threads, seconds=budget, network=True)
+                compare(
+                    "network", model, x, network_peers, threads=threads, seconds=budget, network=True, memory=memory
+                )
             ]
             progress.clear()
             print(f"\nnetwork:\n{peer_table(network_results[0], network_peers, peak)}")

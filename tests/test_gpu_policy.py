@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 import mbv2_kernels as mbv2
 from mbv2_kernels import backends, cli, fold
-from mbv2_kernels._bench import cuda
+from mbv2_kernels._bench import cuda, peers, suite, timing
 from mbv2_kernels.fold import NO_EPS, BlockTensors, FoldedWeights, Run
 from mbv2_kernels.triton import configs
 
@@ -174,6 +175,48 @@ def test_contestants_on_a_gpu() -> None:
     assert [peer.name for peer in cli._peers(arguments, torch.device("cpu"))[1]] == [
         "fused", "folded channels_last", "eager",
     ]  # fmt: skip
+
+
+class StandIn(cuda.Cuda):
+    """A device whose graphs replay nothing."""
+
+    def synchronize(self) -> None:
+        pass
+
+    def capture(self, run: Any) -> tuple[Any, Any]:
+        return lambda: None, run()
+
+
+def test_memory_of_a_bench_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column for the peak a call holds, of a graph's run before it was captured: the replay allocates nothing."""
+    held, peaks = [0], [0]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.__setitem__(0, held[0]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peaks[0])
+
+    class Peer(peers.Peer):
+        def __init__(self, name: str, megabytes: int):
+            self.name, self.ours, self.megabytes = name, name == "fused", megabytes
+
+        def prepare(self, model: torch.nn.Module, example: Tensor, threads: int) -> Any:
+            def run() -> Tensor:
+                peaks[0] = max(peaks[0], held[0] + self.megabytes * 2**20)
+                return model(example)
+
+            return run
+
+    device = StandIn()
+    every = [cuda.Graphed(Peer("fused", 3), device), cuda.Graphed(Peer("eager", 24), device)]
+    x = torch.randn(1, 3, 8, 8)
+    model = torch.nn.Conv2d(3, 4, 1).eval()
+    result = timing.compare("b", model, x, every, threads=1, seconds=0.01, memory=device.peak_bytes)
+    assert result.peak_bytes == {"fused": 3 * 2**20, "eager": 24 * 2**20}
+    head, *_, eager = (line.split() for line in suite.peer_table(result, every, 1.0).splitlines())
+    assert head[-2:] == ["peak", "MB"] and eager[-1] == "24.0"
+    assert suite.table([result], every, 1.0).splitlines()[1].split()[-2:] == ["3.0", "24.0"]
+    assert suite.record(result, every, 1.0)["peak_bytes"] == result.peak_bytes
+    without = timing.compare("b", model, x, every, threads=1, seconds=0.01)
+    assert "MB" not in suite.peer_table(without, every, 1.0) + suite.table([without, without], every, 1.0)
 
 
 # the weights that a CUDA graph reads

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -58,7 +59,8 @@ class Cuda:
         return graph.replay, result
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
-        """The most that one call of `run` holds at a time, beyond what is held before it."""
+        """The most that one call of `run` holds at a time, beyond what is held before it; for a graph, uncaptured."""
+        run = run.run if isinstance(run, Replay) else run
         self.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -220,11 +222,20 @@ class Graphed(Peer):
                 raise
             raise PeerUnavailable(f"no CUDA graph: {type(error).__name__}: {first_line(error)}") from error
 
-        def replayed() -> Tensor:
-            replay()
-            return y
+        return Replay(run, replay, y)
 
-        return replayed
+
+@dataclass(frozen=True)
+class Replay:
+    """A captured run. What it needs while it runs was allocated with the graph: `run` shows how much that is."""
+
+    run: Run
+    replay: Callable[[], None]
+    y: Tensor
+
+    def __call__(self) -> Tensor:
+        self.replay()
+        return self.y
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import InputError, block_inputs
-from .peers import Peer
+from .peers import Peer, Run
 from .timing import Comparison, compare
 
 SCHEMA_VERSION = 1
@@ -60,26 +60,31 @@ def compare_blocks(
     threads: int,
     seconds: float,
     progress: Progress = no_progress,
+    memory: Callable[[Run], int] | None = None,
 ) -> list[Comparison]:
     """`compare` for each block, `seconds` each."""
     todo = blocks(model, x)
     results = []
     for done, (path, block, block_input) in enumerate(todo):
         progress(path, done, len(todo))
-        results.append(compare(path, block, block_input, peers, threads=threads, seconds=seconds))
+        results.append(compare(path, block, block_input, peers, threads=threads, seconds=seconds, memory=memory))
     return results
 
 
 def table(comparisons: Sequence[Comparison], peers: Sequence[Peer], peak_gflops: float) -> str:
-    """Milliseconds of every peer (medians), the best unfused one against ours, and ours against the FMA peak.
+    """Milliseconds of every peer (medians), the best unfused one against ours, and ours against the FMA peak; where
+    memory was measured, the most that ours and the best unfused one hold at a time.
 
     `peak_gflops` is of all threads together. Several comparisons get a line with their sum.
     """
     timed = [peer.name for peer in peers if any(peer.name in c.timings for c in comparisons)]
     unfused = [peer.name for peer in peers if not peer.ours]
     head = ["", "input", *(f"{name} ms" for name in timed), "best unfused / fused", "GFLOP/s", "of peak"]
+    measured = any(c.peak_bytes for c in comparisons)
+    head += ["fused peak MB", "best unfused"] if measured else []
     rows = []
     for c in comparisons:
+        held = [c.peak_bytes.get("fused"), c.peak_bytes.get(c.fastest(unfused) or "")] if measured else []
         rows.append(
             [
                 c.label,
@@ -88,6 +93,7 @@ def table(comparisons: Sequence[Comparison], peers: Sequence[Peer], peak_gflops:
                 _ratio(c, unfused),
                 f"{c.gflops('fused'):.0f}",
                 f"{c.gflops('fused') / peak_gflops:.0%}",
+                *(_megabytes(n) for n in held),
             ]
         )
     if len(comparisons) > 1:
@@ -97,19 +103,27 @@ def table(comparisons: Sequence[Comparison], peers: Sequence[Peer], peak_gflops:
         rate = 2e-9 * sum(c.multiply_adds for c in comparisons) / sums["fused"]
         times = [f"{1e3 * sums[n]:.3f}" if n in sums else "-" for n in timed]
         rows.append(["sum", "", *times, f"{best / sums['fused']:.2f}", f"{rate:.0f}", f"{rate / peak_gflops:.0%}"])
+        rows[-1] += [""] * (len(head) - len(rows[-1]))
     return columns([head, *rows])
 
 
 def peer_table(comparison: Comparison, peers: Sequence[Peer], peak_gflops: float) -> str:
-    """One comparison, one line a peer: median, minimum and middle 60 % in ms, time in units of ours, rate, error."""
+    """One comparison, one line a peer: median, minimum and middle 60 % in ms, time in units of ours, rate, error, and
+    where it was measured the most memory held at a time."""
     rows = [["", "median ms", "min", "20 %", "80 %", "x fused", "GFLOP/s", "of peak", "error"]]
+    rows[0] += ["peak MB"] if comparison.peak_bytes else []
     for name in (peer.name for peer in peers if peer.name in comparison.timings):
         timing, rate = comparison.timings[name], comparison.gflops(name)
         milliseconds = [f"{1e3 * t:.3f}" for t in (timing.median, timing.minimum, timing.p20, timing.p80)]
         ratio = f"{comparison.ratio(name):.2f}"
         rows.append([name, *milliseconds, ratio, f"{rate:.0f}", f"{rate / peak_gflops:.0%}"])
         rows[-1].append(f"{comparison.errors[name]:.1e}")
+        rows[-1] += [_megabytes(comparison.peak_bytes[name])] if comparison.peak_bytes else []
     return columns(rows)
+
+
+def _megabytes(number: int | None) -> str:
+    return "-" if number is None else f"{number / 2**20:.1f}"
 
 
 def _ratio(comparison: Comparison, unfused: Sequence[str]) -> str:

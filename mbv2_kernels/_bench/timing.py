@@ -57,6 +57,7 @@ class Comparison:
     timings: dict[str, Timing]
     errors: dict[str, float]
     unavailable: dict[str, str] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # held at a time in a call; where that can be measured
 
     def gflops(self, name: str) -> float:
         """Arithmetic rate with a multiply-add as 2 FLOP."""
@@ -182,10 +183,12 @@ def compare(
     threads: int,
     seconds: float,
     network: bool = False,
+    memory: Callable[[Run], int] | None = None,
 ) -> Comparison:
     """Check, then time, `peers` on `model` and `x` with `threads` threads; torch's own number is put back afterwards.
 
-    `network`: the model is more than one block, and errors are judged as those of a network (`error_limit`).
+    `network`: the model is more than one block, and errors are judged as those of a network (`error_limit`). `memory`
+    tells the bytes that a call holds at a time, weights and input not included.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -202,6 +205,7 @@ def compare(
             timings=timings,
             errors=errors,
             unavailable=unavailable,
+            peak_bytes={name: memory(run) for name, run in runs.items()} if memory else {},
         )
     finally:
         torch.set_num_threads(before)
