@@ -2,8 +2,8 @@
 CPU (ptx_machine.py), every thread of it, with the arguments that ops.py passes. Right against fp64 and, of shared
 memory, without a race. For bfloat16 in plain Triton there is no other way, its interpreter gets that wrong.
 
-The Gluon kernels are those of test_gluon_offline.py; of a full-size block the first and the last program run. What is
-left to a GPU: ptxas, races in global memory, and every time.
+The Gluon kernels are those of test_gluon_offline.py (MBV2_OFFLINE_ALL=1: every block, some minutes); of a full-size
+block the first and the last program run. What is left to a GPU: ptxas, races in global memory, and every time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 import torch
 from blocks import BOUNDS, make_weights
 from ptx_machine import Program, PtxError
+from test_gluon_offline import KEYS, Key
 
 from mbv2_kernels import reference
 from mbv2_kernels.triton import gluon_configs, gluon_offline, offline, ops
@@ -90,17 +91,6 @@ def run(
         block.residual,
     )  # fmt: skip
     return y, exact(block, x, weights)
-
-
-Key = tuple[str, int, str, bool]  # block, sm, dtype, taps accumulated in fp16
-KEYS: list[Key] = [
-    ("b1", 90, "float16", False),
-    ("b3", 90, "float16", False),
-    ("b3", 90, "float16", True),
-    ("b5", 90, "bfloat16", False),
-    ("b2", 80, "float16", False),
-    ("b15", 89, "float16", False),
-]
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(str, key)))

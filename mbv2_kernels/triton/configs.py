@@ -232,7 +232,11 @@ HOPPER = (  # wgmma: accumulators of 64 rows a warp group
 )
 BLACKWELL = (  # tcgen05: accumulators in tensor memory; the rows of HOPPER that spill there are others
     Row(24, 144, 24, 56, 3, 1, True, Tile(128, 64, 32, 32, 32, 4, 2), "55 instr; chunks of 16 spill"),
+    Row(32, 192, 32, 28, 3, 1, True, Tile(64, 64, 32, 32, 32, 4, 3), "51 instr; chunks of 64 spill"),
     Row(64, 384, 64, 14, 3, 1, True, Tile(128, 64, 64, 32, 64, 4, 2), "47 instr; 256 rows spill"),
+    Row(96, 576, 96, 14, 3, 1, True, Tile(64, 64, 32, 64, 96, 4, 2), "60 instr, 12 warps; 256 rows: 50, 8, spills"),
+    Row(160, 960, 160, 7, 3, 1, True, Tile(64, 64, 32, 64, 160, 4, 2), "76 instr and 4 spills; 32 rows: 123 without"),
+    Row(512, 512, 512, 14, 3, 1, False, Tile(32, 64, 16, 64, 512, 8, 1), "59 instr; 64 rows spill"),
     *HOPPER,  # of two rows for one shape the first counts
 )
 AMPERE = (  # mma: 16 rows a warp; both operands of the weights' tile are in registers
