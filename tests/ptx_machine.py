@@ -297,16 +297,12 @@ class Run:
         if operation in ("mul", "mad"):
             big = np.int64 if kind[0] == "s" else np.uint64
             product = a[0].astype(big) * a[1].astype(big)
-            if "wide" in name:
-                return (
-                    (product + (sources[2].astype(big) if operation == "mad" else big(0)))
-                    .view(np.uint64)[...]
-                    .astype(BITS[2 * bits_of(kind)])
-                )
             if "hi" in name:
                 assert bits_of(kind) <= 32
                 product = product >> big(bits_of(kind))
-            return (product + (a[2].astype(big) if operation == "mad" else big(0))).astype(width)
+            if operation == "mad":
+                product = product + sources[2].astype(big)
+            return product.astype(BITS[2 * bits_of(kind)] if "wide" in name else width)
         if operation == "bfe":
             position, length = (int(s[0]) for s in sources[1:])
             part = a[0].view(np.uint32).astype(np.int64) >> position & (1 << length) - 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +33,10 @@ if ops.interpreted():
 
 
 @functools.cache
-def compiled(name: str, sm: int, dtype: str, half: bool) -> tuple[str, int, gluon_configs.Plan]:
-    kernel, plan = gluon_offline.compile_block(offline.BLOCKS[name], sm, dtype, half=half)
+def compiled(name: str, sm: int, dtype: str, half: bool, batch: int = 256) -> tuple[str, int, gluon_configs.Plan]:
+    """Of a batch of 1 split as the tables say."""
+    splits = None if batch == 1 else 1
+    kernel, plan = gluon_offline.compile_block(offline.BLOCKS[name], sm, dtype, batch, half=half, splits=splits)
     return kernel.asm["ptx"], kernel.metadata.shared, plan
 
 
@@ -51,7 +54,8 @@ def draw(block: offline.Block, size: int, dtype: torch.dtype) -> tuple[torch.Ten
 def exact(block: offline.Block, x: torch.Tensor, weights: list[Any]) -> torch.Tensor:
     return reference.inverted_residual(
         x.double(), *[None if w is None else w.double() for w in weights], stride=block.stride,
-        padding=block.kernel // 2, activation=block.activation, residual=block.residual,
+        padding=block.kernel // 2, activation=block.activation, final_activation=block.final_activation,
+        residual=block.residual,
     )  # fmt: skip
 
 
@@ -66,20 +70,20 @@ class Kernel:
         def launch(*arguments: Any, **constants: Any) -> None:
             assert all(arguments[place] == value for place, value in self.constants.items())
             given = [a for place, a in enumerate(arguments) if a is not None and place not in self.constants]
-            for number in sorted(self.programs(grid[0])):
-                self.program.run((number, 0), given, self.shared)
+            for number, split in itertools.product(sorted(self.programs(grid[0])), range(grid[1])):
+                self.program.run((number, split), given, self.shared)
 
         return launch
 
 
 def run(
     monkeypatch: pytest.MonkeyPatch, key: Key, edit: Callable[[str], str] = lambda ptx: ptx,
-    programs: Callable[[int], set[int]] = lambda count: {0, count - 1},
+    programs: Callable[[int], set[int]] = lambda count: {0, count - 1}, batch: int = 256,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(y of the Gluon kernel, NaN where no program ran; y in fp64)."""
     from mbv2_kernels.triton import gluon_kernels
 
-    ptx, shared, plan = compiled(*key)
+    ptx, shared, plan = compiled(*key, batch)
     block = offline.BLOCKS[key[0]]
     x, y, weights = draw(block, block.size, getattr(torch, key[2]))
     monkeypatch.setattr(gluon_kernels, "fused_block", Kernel(edit(ptx), shared, programs))
@@ -93,7 +97,10 @@ def run(
     return y, exact(block, x, weights)
 
 
-@pytest.mark.parametrize("key", KEYS, ids=lambda key: "-".join(map(str, key)))
+OTHERS: list[Key] = [("k5s1", 90, "float16", False), ("v1_128_128_s1", 89, "bfloat16", False)]
+
+
+@pytest.mark.parametrize("key", KEYS + OTHERS, ids=lambda key: "-".join(map(str, key)))
 def test_right_and_without_races(monkeypatch: pytest.MonkeyPatch, key: Key) -> None:
     y, want = run(monkeypatch, key)
     computed = ~y.isnan()
@@ -103,6 +110,20 @@ def test_right_and_without_races(monkeypatch: pytest.MonkeyPatch, key: Key) -> N
     assert computed[0, :, 0, 0].all() and computed[-1, :, -1, -1].all() and computed.any(1).equal(computed.all(1))
     assert error.norm() < bound * want[computed].norm()
     assert error.abs().max() < 4 * bound * want[computed].abs().max()
+
+
+def test_a_split_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image of a late block: programs that share its hidden channels leave fp32 sums."""
+
+    def sum_splits(
+        partial: torch.Tensor, b3: Any, x: torch.Tensor, y: torch.Tensor, splits: int, final: str, residual: bool
+    ) -> None:
+        assert splits > 1 and residual
+        y.copy_((partial.view(splits, *y.shape[2:], y.shape[1]).sum(0) + b3).permute(2, 0, 1) + x)
+
+    monkeypatch.setattr(ops, "_sum_splits", sum_splits)
+    y, want = run(monkeypatch, ("b15", 90, "float16", False), batch=1)
+    assert (y.double() - want).norm() < BOUNDS[y.dtype] * want.norm()
 
 
 def _without(ptx: str, instruction: str, at: int) -> str:

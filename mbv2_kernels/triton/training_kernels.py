@@ -403,6 +403,15 @@ def combine_moments(
     tl.store(square_ptr + c, square, mask=c_mask)
 
 
+@triton.jit
+def _elements(pixels, COUT: tl.constexpr, BP: tl.constexpr, CO: tl.constexpr):
+    """Program (pixels, columns): its columns of [pixels, COUT], which exist; its BP x CO elements, which exist."""
+    p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    o = tl.program_id(1) * CO + tl.arange(0, CO)
+    o_mask = (o < COUT) | (COUT % CO == 0)
+    return o, o_mask, (p * COUT)[:, None] + o[None, :], (p < pixels)[:, None] & o_mask[None, :]
+
+
 @triton.jit(do_not_specialize=["pixels"])
 def finish(
     z_ptr,  # [pixels, COUT]
@@ -413,11 +422,7 @@ def finish(
     COUT: tl.constexpr, FINAL: tl.constexpr, BP: tl.constexpr, CO: tl.constexpr,
 ):  # fmt: skip
     """Program (pixels, columns): BP x CO elements."""
-    p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
-    o = tl.program_id(1) * CO + tl.arange(0, CO)
-    o_mask = (o < COUT) | (COUT % CO == 0)
-    mask = (p < pixels)[:, None] & o_mask[None, :]
-    offset = (p * COUT)[:, None] + o[None, :]
+    o, o_mask, offset, mask = _elements(pixels, COUT, BP, CO)
     y = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     y = _activate(y * _vector(scale3_ptr, o, o_mask) + _vector(shift3_ptr, o, o_mask), FINAL)
     if x_ptr is not None:
@@ -470,11 +475,7 @@ def finish_gradient(
     COUT: tl.constexpr, FINAL: tl.constexpr, BP: tl.constexpr, CO: tl.constexpr,
 ):  # fmt: skip
     """Program (pixels, columns): BP x CO elements."""
-    p = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
-    o = tl.program_id(1) * CO + tl.arange(0, CO)
-    o_mask = (o < COUT) | (COUT % CO == 0)
-    mask = (p < pixels)[:, None] & o_mask[None, :]
-    offset = (p * COUT)[:, None] + o[None, :]
+    o, o_mask, offset, mask = _elements(pixels, COUT, BP, CO)
     g, z = _finish_backward(gy_ptr, z_ptr, scale3_ptr, shift3_ptr, offset, mask, o, o_mask, FINAL)
     gz = _vector(a3_ptr, o, o_mask) * g + _vector(b3_ptr, o, o_mask) * z + _vector(c3_ptr, o, o_mask)
     tl.store(gz_ptr + offset, gz.to(gz_ptr.dtype.element_ty), mask=mask)
