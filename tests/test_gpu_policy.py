@@ -55,7 +55,7 @@ def test_an_unchecked_gpu_runs_the_original_modules(hopper: None, caplog: pytest
     with caplog.at_level(logging.WARNING, "mbv2_kernels"):
         reasons = [forward._refused_input(x, (), {}) for _ in range(3)]
         for reason in reasons:
-            forward._note_refusal(reason)
+            forward.note_refusal(reason)
     assert reasons[0] is not None and 'set_backend("triton")' in reasons[0] and "9.0" in reasons[0]
     assert [r.message for r in caplog.records] == [f"fused blocks run unfused: {reasons[0]}"]  # once, not once a block
     assert forward.last_reason == reasons[0]  # what summary shows
@@ -64,7 +64,7 @@ def test_an_unchecked_gpu_runs_the_original_modules(hopper: None, caplog: pytest
 def test_the_row_of_summary_says_why(hopper: None) -> None:
     model = mbv2.fuse(mbv2.models.mobilenet_v2(0.35).eval())
     forward = model.features[3].forward
-    forward._note_refusal(forward._refused_input(on_gpu(1, 8, 8, 8), (), {}))
+    forward.note_refusal(forward._refused_input(on_gpu(1, 8, 8, 8), (), {}))
     row = next(row for row in mbv2.summary(model) if row.path == "features.3")
     assert row.backend == "original modules" and 'set_backend("triton")' in row.reason
 
