@@ -56,9 +56,8 @@ class Watch {
   //   children: (name, module) pairs, all it has
   //   settings: (name, value) pairs among its attributes
   //   present: names of buffers that are not None
-  //   tensors: (store, name) each, store "_parameters" or "_buffers": the tensor there is to stay the same (or None),
-  //   in
-  //     its version, at its address, with its shape and strides
+  //   tensors: (store, name) each, store "_parameters" or "_buffers": the tensor there, or None, has to stay the same,
+  //     in its version, at its address, with its shape and strides
   // Raises std::runtime_error for tensors that cannot be watched: those made in inference mode have no version, and a
   // torch without this DLPack interface cannot tell an address fast.
   explicit Watch(const py::iterable& modules) {

@@ -7,8 +7,9 @@ it is read there, and taken if it can be nothing but
     x = self.NAME(x)        over and over, on the one argument
     return x
 
-with one exception, gradient checkpointing: an `if` on a flag, whose other branch is such a line. The running code must
-be what this source compiles to.
+with one exception, gradient checkpointing: an `if` on a flag, whose other branch is such a line. In the same way
+`_forward_impl` (torchvision) is read, which takes the mean of its features and classifies it. The running code must be
+what this source compiles to.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ METHOD = "forward_features"
 FLAG = "grad_checkpointing"
 _FLAG_TEST = f"self.{FLAG} and (not torch.jit.is_scripting())"
 
-
-# torchvision's MobileNetV2 from the picture to the classes.
+# torchvision's MobileNetV2 from images to classes.
 NETWORK_METHOD = "_forward_impl"
 _NETWORK = (
     "{x} = nn.functional.adaptive_avg_pool2d({x}, (1, 1))",

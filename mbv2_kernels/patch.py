@@ -88,8 +88,8 @@ def fuse(
 
     So do the stem and the head, dense convolutions with BatchNorm and activation in a module of their own (on CPUs).
     An `nn.Sequential` with several of them next to each other runs them by one call (see `chain`), and so does a
-    network whose `forward_features` only calls its submodules in a row (timm). A network whose `_forward_impl` only
-    takes the mean of its features and classifies it (torchvision's MobileNetV2) is one call, for a few images.
+    network whose `forward_features` only calls its submodules in a row (timm). One whose `_forward_impl` only takes the
+    mean of its features and classifies it (torchvision's MobileNetV2, `models`) is one call, for a few images.
 
     Found by structure (see `recognise`) and confirmed by running each block once on small inputs. Class, path,
     submodules, parameters, `state_dict`, hooks of the block stay; `unfuse` undoes it. The original modules run whenever

@@ -1,8 +1,9 @@
-"""What the two reference networks share: channel rounding, conv + BN + ReLU6, initialisation."""
+"""What the two reference networks share: channel rounding, layers, the way to the classes, initialisation."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def scale_channels(channels: int, width_mult: float, divisor: int = 8) -> int:
@@ -27,6 +28,24 @@ class ConvBNReLU6(nn.Sequential):
             nn.BatchNorm2d(out_channels),
             nn.ReLU6(inplace=True),
         )
+
+
+class ImageClassifier(nn.Module):
+    """Features, their mean over all pixels, classifier: [N, 3, H, W] -> [N, num_classes] logits."""
+
+    features: nn.Sequential
+    classifier: nn.Sequential
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        # Name and lines are torchvision's, and `fuse` reads them (mbv2_kernels/composition.py).
+        x = self.features(x)
+        x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
+        x = torch.flatten(x, 1)
+        x = self.classifier(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward_impl(x)
 
 
 def initialise(model: nn.Module) -> None:

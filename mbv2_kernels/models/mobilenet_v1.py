@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ._layers import ConvBNReLU6, check_arguments, initialise, scale_channels
+from ._layers import ConvBNReLU6, ImageClassifier, check_arguments, initialise, scale_channels
 
 # Table 1 of the paper: (output channels, stride) of the 13 depthwise separable blocks. The table prints stride 2 at the
 # last depthwise layer too, but also 7x7 as its output: stride 1 is what its sizes, and the authors' code, say.
@@ -43,7 +42,7 @@ class DepthwiseSeparable(nn.Sequential):
         )
 
 
-class MobileNetV1(nn.Module):
+class MobileNetV1(ImageClassifier):
     """[N, 3, H, W] -> [N, num_classes] logits; see `mobilenet_v1` for the arguments."""
 
     def __init__(
@@ -68,11 +67,6 @@ class MobileNetV1(nn.Module):
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
         initialise(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)
-        x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
-        return self.classifier(torch.flatten(x, 1))
 
 
 def mobilenet_v1(

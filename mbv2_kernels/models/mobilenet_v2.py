@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from ._layers import ConvBNReLU6, check_arguments, initialise, scale_channels
+from ._layers import ConvBNReLU6, ImageClassifier, check_arguments, initialise, scale_channels
 
 # Table 2 of the paper: (t, c, n, s) = expansion factor, output channels, repetitions, stride of the first repetition.
 BLOCKS: tuple[tuple[int, int, int, int], ...] = (
@@ -53,7 +52,7 @@ class InvertedResidual(nn.Module):
         return x + y if self.use_res_connect else y
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(ImageClassifier):
     """[N, 3, H, W] -> [N, num_classes] logits; see `mobilenet_v2` for the arguments."""
 
     def __init__(
@@ -86,11 +85,6 @@ class MobileNetV2(nn.Module):
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.last_channel, num_classes))
         initialise(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)
-        x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
-        return self.classifier(torch.flatten(x, 1))
 
 
 def mobilenet_v2(
