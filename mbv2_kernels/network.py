@@ -37,8 +37,9 @@ class FusedNetwork(FusedChain):
         self._linear: nn.Linear | None = None  # of the classifier, while a plan holds
 
     def __call__(self, x: Any) -> Any:
-        few = isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] <= MOST_IMAGES
-        return super().__call__(x) if few else self.one_by_one(x)
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() != 4 or x.shape[0] > MOST_IMAGES:
+            return self.one_by_one(x)  # a trace must not see the number of images
+        return super().__call__(x)
 
     def one_by_one(self, x: Any) -> Any:
         return getattr(type(self.block), NETWORK_METHOD)(self.block, x)

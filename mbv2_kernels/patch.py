@@ -73,7 +73,7 @@ class FusionReport:
         if layers:
             count += f", {sum(row.fused for row in layers)} of {len(layers)} layers around them"
         for path in self.networks:
-            count += f"\n{path or '(root)'}: one call from images to classes, for up to {MOST_IMAGES} images on CPUs"
+            table.append(f"{path or '(root)'}: one call from images to classes, for up to {MOST_IMAGES} images on CPUs")
         return "\n".join([*table, count])
 
 

@@ -197,7 +197,7 @@ def test_a_fused_network_has_one_op_for_each_block() -> None:
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         y = torch.compile(network, fullgraph=True, backend=backend)(x)
-        assert y.equal(network(x))
+        torch.testing.assert_close(y, network(x))  # not bit by bit: one call's mean over pixels has its own order
     (graph,) = graphs
     assert sum(node.target is OP for node in graph.graph.nodes) == 4
 
