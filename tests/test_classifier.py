@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from blocks import BOUNDS
-from test_chain import Calls
+from test_chain import calls
 from test_layers import ConvNormAct
 from torch import Tensor, nn
 from wild import Flat, error, randomise
@@ -68,17 +68,6 @@ class Doubled(Net):
 @pytest.fixture
 def net() -> nn.Module:
     return mbv2.fuse(randomise(Net()))
-
-
-@torch.no_grad()
-def calls(net: nn.Module, x: Tensor | None = None) -> list[str]:
-    """Which ops a call runs, after checking that it computes what the unfused network does."""
-    x = torch.randn(X) if x is None else x
-    net(x)  # packs
-    with Calls() as seen:
-        y = net(x)
-    assert error(y, mbv2.unfuse(copy.deepcopy(net)).double()(x.double())) < (8e-6 if y.dtype == torch.float32 else 2e-2)
-    return seen.names
 
 
 # ---- The ops ---------------------------------------------------------------------------------------------------------
