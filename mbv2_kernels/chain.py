@@ -36,10 +36,10 @@ class FusedChain:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self._plan: Plan | None = None
+        self.plan: Plan | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_plan": None}  # of the modules of one process; made anew when needed
+        return {**vars(self), "plan": None}  # of the modules of one process; made anew when needed
 
     @property
     def __code__(self) -> Any:
@@ -49,9 +49,9 @@ class FusedChain:
     def __call__(self, x: Any) -> Any:
         if torch.compiler.is_compiling() or not _runs_chains(x):
             return self.one_by_one(x)
-        plan = self._plan
+        plan = self.plan
         if plan is None or not plan.holds(x.dtype):
-            plan = self._plan = None
+            plan = self.plan = None
             if not self.is_overridden():
                 plan = self._plan_anew(x.dtype)
         return self.one_by_one(x) if plan is None else self.run(plan, x)
@@ -82,7 +82,7 @@ class FusedChain:
         if plan.complete:
             plan = Plan(self, dtype, watched=plan)
             if plan.complete:
-                self._plan = plan
+                self.plan = plan
         return plan
 
 

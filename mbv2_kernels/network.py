@@ -27,7 +27,7 @@ class FusedNetwork(FusedChain):
     """Stands in for a method that is `classifier(mean over all pixels of features(x))` (see `composition`).
 
     features, classifier: names of the submodules. Wherever anything but that is to be done, and for more than a few
-    images, the method runs as ever, and the chain in it decides for itself.
+    images, the method runs as ever, and the chain in it decides for itself; so does the first call, which plans it.
     """
 
     def __init__(self, owner: nn.Module, features: str, classifier: str) -> None:
@@ -48,21 +48,36 @@ class FusedNetwork(FusedChain):
         return [self.block._modules.get(self.features)]
 
     def is_overridden(self) -> bool:
-        return not self._tail()
+        # Without a plan for the features there is none for the whole: asking their children again would be futile.
+        plan = self._features_plan()
+        return plan is None or not plan.holds(plan.dtype) or not self._tail()
 
-    def _tail(self) -> list[nn.Module]:
+    def is_one_call(self) -> bool:
+        """Whether a few images ran, or would run now, as one call: for `summary`."""
+        plan = self._features_plan()
+        return plan is not None and [type(link) for link in plan.links] == [Run] and not self.is_overridden()
+
+    def _features_plan(self) -> Plan | None:
+        """Of the features' own chain; None if calling them is more than that."""
+        features = self.block._modules.get(self.features)
+        if features is None or not calls_forward_only(features):
+            return None
+        chain = vars(features).get("forward")
+        return chain.plan if isinstance(chain, FusedChain) else None
+
+    def _tail(self) -> list[Any]:
         """The classifier's modules, the linear layer last; nothing if they are to do more than that layer does."""
         top = self.block._modules.get(self.classifier)
-        if top is None or self.block._modules.get(self.features) is None:
+        if top is None:
             return []
         modules = [top, *top._modules.values()] if is_sequential(top) else [top]
         if not all(isinstance(m, nn.Module) and calls_forward_only(m) and "forward" not in vars(m) for m in modules):
             return []
-        *before, linear = (m for m in modules if m is not None)
-        drops = before[1:] if is_sequential(top) else []
+        *before, linear = modules
+        drops = [m for m in before if m is not top]
         if type(linear) is not nn.Linear or any(type(m) is not nn.Dropout or m.training for m in drops):
             return []
-        return [*before, linear]
+        return modules
 
     def looks(self) -> Iterator[Look]:
         yield from super().looks()
@@ -70,7 +85,6 @@ class FusedNetwork(FusedChain):
         for module in before:
             settings = (("training", False),) if isinstance(module, nn.Dropout) else ()
             yield Look(module, True, None, tuple(module._modules.items()), settings)
-        assert isinstance(linear, nn.Linear)
         self._linear = linear
         yield Look(linear, True, None, tensors=tuple(("_parameters", name) for name in linear._parameters))
 

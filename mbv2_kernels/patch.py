@@ -43,7 +43,8 @@ class FusionRow:
 class FusionReport:
     """The rows of `summary`, in the order of the model; `str()` is a table.
 
-    networks: paths of modules whose features, mean over all pixels and classifier are one call for a few images.
+    networks: paths of modules whose features, mean over all pixels and classifier are one call for a few images, as
+        far as was seen at the last call.
     """
 
     rows: tuple[FusionRow, ...]
@@ -156,7 +157,8 @@ def summary(model: nn.Module) -> FusionReport:
     convs = [layer.conv for _, f in fused.values() for layer in f.layers if layer is not None]
     rows = [_fused_row(path, module, forward) for path, (module, forward) in fused.items()]
     rows += [_unfused_row(c) for c in candidates(model, ignore=convs)]
-    networks = tuple(path for path, m in model.named_modules() if isinstance(vars(m).get(NETWORK_METHOD), FusedNetwork))
+    found = ((path, vars(m).get(NETWORK_METHOD)) for path, m in model.named_modules())
+    networks = tuple(path for path, network in found if isinstance(network, FusedNetwork) and network.is_one_call())
     return FusionReport(tuple(sorted(rows, key=lambda row: order[row.path])), networks)
 
 

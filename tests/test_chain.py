@@ -223,16 +223,16 @@ def test_a_class_that_gets_a_call_of_its_own(net: nn.Module, monkeypatch: pytest
 def test_a_plan_is_kept_until_something_changes(net: nn.Module) -> None:
     """Else every call would ask all children: correct, and far slower than small images take."""
     calls(net)
-    plan = net.forward._plan
+    plan = net.forward.plan
     assert plan is not None
     calls(net)
-    assert net.forward._plan is plan
+    assert net.forward.plan is plan
     with torch.no_grad():
         net(torch.randn(1, 3, 30, 31))
         net[1].conv[0].weight.mul_(1.5)
-        assert net.forward._plan is plan
+        assert net.forward.plan is plan
         net(torch.randn(X))
-    assert net.forward._plan not in (None, plan)
+    assert net.forward.plan not in (None, plan)
 
 
 def test_parameters_without_versions_make_no_plan() -> None:
@@ -240,7 +240,7 @@ def test_parameters_without_versions_make_no_plan() -> None:
         net = mbv2.fuse(randomise(nn.Sequential(Flat(), Flat())))
         x = torch.randn(2, 8, 9, 9)
         was = net(x)
-        assert net.forward._plan is None
+        assert net.forward.plan is None
         net[0].conv[0].weight.mul_(2)
         assert error(net(x), was) > 1e-2
         assert error(net(x), mbv2.unfuse(copy.deepcopy(net)).double()(x.double())) < 4e-6

@@ -136,6 +136,7 @@ def test_one_call(net: nn.Module) -> None:
     assert calls(net) == ["chain_classify"]
     report = mbv2.summary(net)
     assert {(row.fused, row.backend, row.tier) for row in report} == {(True, "cpu", _C.active_tier())}
+    assert mbv2.summary(mbv2.fuse(randomise(Net()))).networks == ()  # nothing was called yet
     assert report.networks == ("",) and "one call from images to classes" in str(report)
     assert calls(net, torch.randn(1, 3, 32, 32).to(memory_format=torch.channels_last)) == ["chain_classify"]
     assert calls(net.bfloat16(), torch.randn(X).bfloat16()) == ["chain_classify"]
@@ -156,6 +157,7 @@ def test_every_hook_fires(net: nn.Module, where: str | None) -> None:
     fired = []
     handle = module.register_forward_hook(lambda *_: fired.append(1))
     assert "chain_classify" not in calls(net) and fired
+    assert mbv2.summary(net).networks == ()
     handle.remove()
     assert calls(net) == ["chain_classify"]
 
