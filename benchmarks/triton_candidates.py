@@ -135,15 +135,14 @@ def row(name: str, function: Any, block: offline.Block, sm: int, warps: int, out
     )
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    usage, sass = offline.disassemble(kernel)
+    binary = offline.read_binary(kernel)
     chunks = block.hidden_channels // constants["CE"]
     # no loop over tiles here: the outermost one is the loop over chunks, inside it at most the nine taps
-    total = offline.executed(sass, (chunks,), lambda _: 9)
-    registers = usage.split("REG:")[1].split()[0]
+    total = offline.executed(binary, (chunks,), lambda _: 9)
     spills = sum(count for op, count in total.items() if op.startswith(("LDL", "STL")))
     scale = warps * 32 / (outputs * block.hidden_channels)
     return (
-        f"{block.name} sm_{sm} {name:12} {registers} registers, {kernel.metadata.shared} B shared,"
+        f"{block.name} sm_{sm} {name:12} {binary.registers} registers, {binary.shared} B shared,"
         f" {spills * scale:.1f} of {total.total() * scale:.1f} instructions an output are spills"
     )
 

@@ -1,7 +1,9 @@
-"""What every test runs under: seeded, two threads, uninitialised memory full of NaN."""
+"""What every test runs under: seeded, two threads, uninitialised memory full of NaN; and fixtures of several files."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
 from collections.abc import Iterator
 
 import pytest
@@ -29,3 +31,14 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[concurrent.futures.Executor]:
+    """Two processes that compile for GPUs that are not here: this one may have imported Triton as an interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+            yield pool
+            pool.shutdown(cancel_futures=True)  # what a selection of tests did not ask for

@@ -11,11 +11,9 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.util
 import json
-import multiprocessing
 import os
 import platform
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -46,17 +44,6 @@ if os.environ.get("MBV2_OFFLINE_ALL") == "1":
 def _figures(key: Key) -> gluon_offline.Figures:
     name, sm, dtype, half = key
     return gluon_offline.figures(offline.BLOCKS[name], sm, dtype, half=half)
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[concurrent.futures.Executor]:
-    """Processes of their own: this one may have imported Triton as an interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-            yield pool
-            pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib.util
-import multiprocessing
 import os
 import platform
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -43,17 +41,6 @@ KEYS += [("b2", 90, "bfloat16"), ("b15", 80, "bfloat16"), ("b3", 90, "float32"),
 def _figures(key: Key, options: dict[str, Any] | None = None) -> offline.Figures:
     name, sm, dtype = key
     return offline.figures(offline.BLOCKS[name], sm, dtype, **options or {})
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[concurrent.futures.Executor]:
-    """Two processes of their own: this one may have imported Triton as an interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-            yield pool
-            pool.shutdown(cancel_futures=True)  # what a selection of tests did not ask for
 
 
 @pytest.fixture(scope="module")

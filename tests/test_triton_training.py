@@ -437,16 +437,6 @@ def _figures(key: Key) -> list[training_offline.Figures]:
 
 
 @pytest.fixture(scope="module")
-def compiler() -> Iterator[concurrent.futures.Executor]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-            yield pool
-            pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture(scope="module")
 def compiled(compiler: concurrent.futures.Executor) -> dict[Key, concurrent.futures.Future[Any]]:
     return {key: compiler.submit(_figures, key) for key in KEYS}
 

@@ -24,7 +24,7 @@ CHECKED: dict[int, str] = {}
 
 #: Compute capabilities it is compiled for in the tests; bytes of shared memory a program may have there.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-SHARED_RESERVED = 1024  # a program, by the driver
+SHARED_RESERVED = 1024  # bytes a program, by the driver
 
 
 class Tile(NamedTuple):

@@ -115,40 +115,29 @@ def compile_block(
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": plan.tile.warps}), plan
 
 
-def executed(sass: str, block: Block, chunk: int) -> collections.Counter[str]:
+def executed(binary: offline.Binary, block: Block, chunk: int) -> collections.Counter[str]:
     """Instructions a thread executes. The kernel's one loop is over chunks; in it, what belongs to 16 channels that the
     last chunk may lack is jumped over."""
     chunks = math.ceil(block.hidden_channels / chunk)
-    total = offline.executed(sass, (chunks,) if chunks > 1 else (), lambda body: 1)
+    total = offline.executed(binary, (chunks,) if chunks > 1 else (), lambda body: 1)
     if block.hidden_channels % chunk == 0 or chunks == 1:
         return total
-    code: list[tuple[str, ...]] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            code.append(found.groups())
-    back = [i for i, (_, name, rest) in enumerate(code) if name.startswith("BRA") and _goes_back(i, rest, labels)]
-    loop = range(labels[re.search(r"\.L_x_\d+", code[back[0]][2])[0]], back[0])  # type: ignore[index]
-    jumps = []
-    for start, (condition, name, rest) in enumerate(code):
-        target = name.startswith("BRA") and condition and re.search(r"\.L_x_\d+", rest)
-        if target and start in loop and start + 60 < labels[target[0]] <= loop.stop:
-            jumps.append(range(start + 1, labels[target[0]]))
+    targets = [instruction.target(binary.labels) for instruction in binary.code]
+    loop = next(range(start, end) for end, start in enumerate(targets) if start is not None and start < end)
+    jumps = [
+        range(start + 1, target)
+        for start, target in enumerate(targets)
+        if target is not None and binary.code[start].condition and start in loop and start + 60 < target <= loop.stop
+    ]
     if len(jumps) != chunk // 16 - 1:  # the compiler arranged them otherwise: an upper bound, then
         return total
     for number, body in enumerate(jumps, 1):
         lacking = chunks - math.ceil(max(0, block.hidden_channels - 16 * number) / chunk)
         # whoever lacks the second 16 channels lacks the third: one jump may go over the next one's instructions as well
         own = [i for i in body if not any(i in inner for inner in jumps[number:])]
-        total.subtract({name: lacking * n for name, n in collections.Counter(code[i][1] for i in own).items()})
+        names = collections.Counter(binary.code[i].name for i in own)
+        total.subtract({name: lacking * n for name, n in names.items()})
     return total
-
-
-def _goes_back(at: int, operands: str, labels: dict[str, int]) -> bool:
-    target = re.search(r"\.L_x_\d+", operands)
-    return bool(target) and labels[target[0]] < at  # type: ignore[index]
 
 
 KINDS = offline.KINDS | {
@@ -170,10 +159,9 @@ def figures(
     block: Block, sm: int, dtype: str = "float16", batch: int = 256, tile: Tile | None = None, half: bool = False
 ) -> Figures:
     kernel, plan = compile_block(block, sm, dtype, batch, tile, half)
-    usage, sass = offline.disassemble(kernel)
+    binary = offline.read_binary(kernel)
     tile, cut = plan.tile, plan.cut
-    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-    count = executed(sass, block, tile.chunk)
+    count = executed(binary, block, tile.chunk)
     outputs = batch * block.out_size**2 * block.hidden_channels / plan.programs  # of a program, on average
     scale = tile.warps * 32 / outputs
     parts = {
@@ -192,18 +180,9 @@ def figures(
         # of the columns for the bias only w1's are in shared memory
         cycles += chunks * (rows * k + tile.chunk * rows / 64 * (k + 16)) * 2 / 128 / tile.warps
     shared_cycles = scale / 32 * cycles
-    shared = kernel.metadata.shared
-    resident = min(
-        offline.REGISTERS // (-(-registers // 8) * 8 * tile.warps * 32),
-        gluon_configs.SHARED[sm] // (shared + gluon_configs.SHARED_RESERVED),
-        2048 // (tile.warps * 32),
-    )
-    spills = sum(
-        1 for name in re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass) if name.startswith(("LDL", "STL"))
-    )
     f = Figures(
-        block.name, sm, dtype, half, tile, cut, plan.splits, registers, spills, shared, resident, per_output, parts,
-        shared_cycles, 0.0,
+        block.name, sm, dtype, half, tile, cut, plan.splits, binary.registers, binary.spills, binary.shared,
+        binary.resident(sm), per_output, parts, shared_cycles, 0.0,
     )  # fmt: skip
     return f._replace(predicted_us=predict(block, f, batch))
 

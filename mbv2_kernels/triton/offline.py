@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from . import configs
 from .configs import Device, Problem, Tile
+from .gluon_configs import SHARED_RESERVED
 
 # multiprocessors and shared memory a block may have, of a common card of each capability
 DEVICES = {
@@ -181,6 +182,58 @@ def compile_block(
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options), plan
 
 
+class Instruction(NamedTuple):
+    condition: str  # the predicate it is executed under, if any
+    name: str  # with its modifiers
+    operands: str
+
+    def target(self, labels: dict[str, int]) -> int | None:
+        """Where a branch goes."""
+        label = re.search(r"\.L_x_\d+", self.operands) if self.name.startswith("BRA") else None
+        return labels[label[0]] if label else None
+
+
+class Binary(NamedTuple):
+    """A compiled kernel as a GPU would run it. `labels` index `code`."""
+
+    registers: int
+    shared: int  # bytes
+    warps: int
+    code: list[Instruction]
+    labels: dict[str, int]
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose names begin with `pattern`."""
+        return sum(re.match(pattern, instruction.name) is not None for instruction in self.code)
+
+    @property
+    def spills(self) -> int:
+        """Local-memory instructions."""
+        return self.count("LDL|STL")
+
+    @property
+    def tensor_core(self) -> int:
+        return self.count("HMMA|HGMMA|UTCHMMA|UTCQMMA")
+
+    @property
+    def loads_128(self) -> int:
+        return self.count(r"LDG\b.*\.128\b")
+
+    @property
+    def loads_narrow(self) -> int:
+        """Global loads of less than 4 bytes."""
+        return self.count(r"LDG\b.*\.[US](8|16)\b")
+
+    def resident(self, sm: int) -> int:
+        """Programs that a multiprocessor holds, by registers, shared memory and threads."""
+        threads = 32 * self.warps
+        return min(
+            REGISTERS // (math.ceil(self.registers / 8) * 8 * threads),
+            DEVICES[sm][1] // (self.shared + SHARED_RESERVED),
+            2048 // threads,
+        )
+
+
 def disassemble(kernel: Any) -> tuple[str, str]:
     """(resource usage, SASS) of a compiled kernel, by the tools in Triton's wheel."""
     import triton
@@ -198,36 +251,40 @@ def disassemble(kernel: Any) -> tuple[str, str]:
         return run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
 
 
-def executed(sass: str, outer: Sequence[int], inner: Callable[[list[str]], int]) -> collections.Counter[str]:
+def read_binary(kernel: Any) -> Binary:
+    """What `disassemble` has of a compiled kernel, without what only fills gaps."""
+    usage, sass = disassemble(kernel)
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        found = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        if found and found[2] != "NOP":
+            code.append(Instruction(found[1] or "", found[2], found[3]))
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    return Binary(registers, kernel.metadata.shared, kernel.metadata.num_warps, code, labels)
+
+
+def executed(
+    binary: Binary, outer: Sequence[int], inner: Callable[[list[Instruction]], int]
+) -> collections.Counter[str]:
     """Instructions a thread executes: every instruction weighted by the trip counts of the loops it is in.
 
     `outer` has the trips of the outermost loops, from the outside in; `inner` tells those of the others from what is
     in them. Loops are found by their backward branches; one of a single trip is gone by then.
     """
-    code: list[tuple[str, str]] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            code.append((found[1], found[2]))
-    loops = sorted(
-        {
-            (labels[target[0]], end)
-            for end, (name, rest) in enumerate(code)
-            if name.startswith("BRA") and (target := re.search(r"\.L_x_\d+", rest)) and labels.get(target[0], end) < end
-        }
-    )
+    targets = ((instruction.target(binary.labels), end) for end, instruction in enumerate(binary.code))
+    loops = sorted({(start, end) for start, end in targets if start is not None and start < end})
 
     def trips(loop: tuple[int, int]) -> int:
         depth = sum(other[0] <= loop[0] and loop[1] <= other[1] for other in loops) - 1
-        return outer[depth] if depth < len(outer) else inner([name for name, _ in code[loop[0] : loop[1]]])
+        return outer[depth] if depth < len(outer) else inner(binary.code[loop[0] : loop[1]])
 
     weighted = [(loop, trips(loop)) for loop in loops]
     total: collections.Counter[str] = collections.Counter()
-    for index, (name, _) in enumerate(code):
-        if name != "NOP":
-            total[name] += math.prod(count for (start, end), count in weighted if start <= index <= end)
+    for index, instruction in enumerate(binary.code):
+        total[instruction.name] += math.prod(count for (start, end), count in weighted if start <= index <= end)
     return total
 
 
@@ -292,19 +349,16 @@ def figures(
     block: Block, sm: int, dtype: str = "float16", batch: int = 256, tile: Tile | None = None, tf32: bool = True
 ) -> Figures:
     kernel, plan = compile_block(block, sm, dtype, batch, tile, tf32)
-    usage, sass = disassemble(kernel)
+    binary = read_binary(kernel)
     tile = plan.tile
-    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-    names = re.findall(r"\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
     chunks = math.ceil(block.hidden_channels / tile.chunk)
     steps = math.ceil(block.in_channels / tile.in_step)
 
-    def inner(
-        body: list[str],
-    ) -> int:  # the loop over input channels multiplies matrices, the one over tap rows does not
-        return steps if any("MMA" in name for name in body) else block.kernel
+    def inner(body: list[Instruction]) -> int:
+        # the loop over input channels multiplies matrices, the one over tap rows does not
+        return steps if any("MMA" in instruction.name for instruction in body) else block.kernel
 
-    count = executed(sass, (1, chunks) if chunks > 1 else (1,), inner)  # of one tile
+    count = executed(binary, (1, chunks) if chunks > 1 else (1,), inner)  # of one tile
     size = 4 if dtype == "float32" else 2
     outputs = batch * block.out_size**2 * block.hidden_channels / plan.tiles  # a tile, on average
     scale = tile.warps * 32 / outputs
@@ -314,21 +368,10 @@ def figures(
     }
     per_output = scale * count.total()
     parts["other"] = per_output - sum(parts.values())
-    shared = kernel.metadata.shared
-    limit = DEVICES[sm][1]
-    resident = min(
-        REGISTERS // (-(-registers // 8) * 8 * tile.warps * 32),
-        limit // max(1, shared + 1024),
-        2048 // (tile.warps * 32),
-    )
     return Figures(
-        block.name, sm, dtype, tile, (plan.in_blocks, plan.sub_images, plan.tile_height, plan.tile_width), registers,
-        spills=sum(name.startswith(("LDL", "STL")) for name in names),
-        shared=shared, resident=resident,
-        tensor_core=sum(re.match(r"HMMA|HGMMA|UTCHMMA|UTCQMMA", name) is not None for name in names),
-        loads_128=sum(name.startswith("LDG") and ".128" in name for name in names),
-        loads_narrow=sum(name.startswith("LDG") and re.search(r"\.[US](8|16)\b", name) is not None for name in names),
-        barriers=sum(n for name, n in count.items() if name.startswith("BAR")),
+        block.name, sm, dtype, tile, (plan.in_blocks, plan.sub_images, plan.tile_height, plan.tile_width),
+        binary.registers, binary.spills, binary.shared, binary.resident(sm), binary.tensor_core, binary.loads_128,
+        binary.loads_narrow, barriers=sum(n for name, n in count.items() if name.startswith("BAR")),
         per_output=per_output, parts=parts, prediction=predict(block, plan, per_output, batch, size),
     )  # fmt: skip
 

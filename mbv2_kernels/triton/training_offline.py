@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import training_ops
-from .offline import BLOCKS, DEVICES, REGISTERS, Block, disassemble
+from .offline import BLOCKS, DEVICES, Block, read_binary
 
 TRITON_TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32"
@@ -144,29 +143,14 @@ def figures(
         kernel = launch.kernel.__name__
         if kernels is not None and kernel not in kernels:
             continue
-        compiled = compile_launch(launch, sm)
-        usage, sass = disassemble(compiled)
-        registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-        code = re.findall(r"\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
-        shared, constants = compiled.metadata.shared, launch.constants
+        binary, constants = read_binary(compile_launch(launch, sm)), launch.constants
         keys = ("Q", "NI", "TH", "TW", "NP", "NV", "BP", "BK", "BO", "CE", "CO", "CI")
-        resident = min(
-            REGISTERS // (-(-registers // 8) * 8 * launch.warps * 32),
-            DEVICES[sm][1] // max(1, shared + 1024),
-            2048 // (launch.warps * 32),
-        )
         found.append(
             Figures(
                 name, kernel, sm, dtype, memory, launch.grid,
-                " ".join(f"{key}{constants[key]}" for key in keys if key in constants), launch.warps, registers,
-                spills=sum(word.startswith(("LDL", "STL")) for word in code),
-                shared=shared, resident=resident,
-                tensor_core=sum(re.match(r"HMMA|HGMMA", word) is not None for word in code),
-                loads_128=sum(word.startswith("LDG") and ".128" in word for word in code),
-                loads_narrow=sum(
-                    word.startswith("LDG") and re.search(r"\.[US](8|16)\b", word) is not None for word in code
-                ),
-                instructions=sum(word != "NOP" for word in code),
+                " ".join(f"{key}{constants[key]}" for key in keys if key in constants), launch.warps, binary.registers,
+                binary.spills, binary.shared, binary.resident(sm), binary.tensor_core, binary.loads_128,
+                binary.loads_narrow, instructions=len(binary.code),
             )
         )  # fmt: skip
     return found
