@@ -90,9 +90,11 @@ ALWAYS_INLINE void double_tile(const DoubleProduct& m, int64_t row) {
 }
 
 static void multiply(const DoubleProduct& m) {
+  constexpr int kHeight = V::kMaxRows[2];
   int64_t row = 0;
-  for (; row + 4 <= m.rows; row += 4) double_tile<4>(m, row);
-  for (; row < m.rows; ++row) double_tile<1>(m, row);
+  for (; row + kHeight <= m.rows; row += kHeight) double_tile<kHeight>(m, row);
+  for (; row + 2 <= m.rows; row += 2) double_tile<2>(m, row);
+  if (row < m.rows) double_tile<1>(m, row);
 }
 
 // ---- Depthwise, backward --------------------------------------------------------------------------------------------

@@ -200,13 +200,16 @@ void linear_backward(const LinearNorm& linear, const float* w1, const float* t, 
   // m = -weight^T diag(b) weight, symmetric: from the diagonal on, and the rest copied
   for_rows(strips, 1, strips * vector * strip / 2, parallel, [&](int64_t begin, int64_t end) {
     double* tile = reserve(thread_scratch(), vector * vector);
-    for (int64_t down = begin; down < end; ++down)
+    for (int64_t turn = begin; turn < end; ++turn) {
+      // Long and short rows in turns: each thread gets a run of them, and as much to do.
+      const int64_t down = turn % 2 ? strips - 1 - turn / 2 : turn / 2;
       for (int64_t across = down; across < strips; ++across) {
         kernels.multiply({left + down * strip, 1, vector, right + across * strip, vector, channels, tile, vector});
         for (int64_t i = down * vector; i < std::min((down + 1) * vector, in); ++i)
           for (int64_t j = std::max(across * vector, i); j < std::min((across + 1) * vector, in); ++j)
             out.m[i * in + j] = out.m[j * in + i] = static_cast<float>(tile[i % vector * vector + j % vector]);
       }
+    }
   });
   // weight^T c is what lets gx sum up to zero over all pixels: computed as that, from the m and w1 that the sweep has.
   std::vector<double> c0(static_cast<size_t>(in));
