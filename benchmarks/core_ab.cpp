@@ -14,6 +14,7 @@
 #include <omp.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "block.h"
@@ -36,6 +37,7 @@ namespace {
 constexpr Tier kTier = Tier::avx2;
 
 struct Layer {
+  std::string name;
   bool is_block;
   BlockArgs block;
   ConvArgs conv;
@@ -78,7 +80,7 @@ void add_conv(int batch, int in, int out, int kernel, int stride, int size, cons
   float* packed = memory_for(conv_layout(a.dims, kTier).size);
   pack_conv(a.dims, weights(out * in * kernel * kernel).data(), nullptr, kTier, packed);
   a.packed = packed;
-  layers.push_back({false, {}, a, 2.0 * batch * a.out_height * a.out_width * out * in * kernel * kernel});
+  layers.push_back({layers.empty() ? "stem" : "head", false, {}, a, 2.0 * batch * a.out_height * a.out_width * out * in * kernel * kernel});
 }
 
 void add_block(int batch, int in, int expansion, int out, int stride, int size, const float* x, float* y) {
@@ -104,7 +106,7 @@ void add_block(int batch, int in, int expansion, int out, int stride, int size, 
   pack(a.dims, {expand ? w1.data() : nullptr, nullptr, wd.data(), nullptr, w2.data(), nullptr}, kTier, packed);
   a.packed = packed;
   const double pixels = a.out_height * a.out_width;
-  layers.push_back({true, a, {}, 2.0 * batch * hidden * ((expand ? size * size * in : 0) + pixels * (9 + out))});
+  layers.push_back({"block " + std::to_string(layers.size()), true, a, {}, 2.0 * batch * hidden * ((expand ? size * size * in : 0) + pixels * (9 + out))});
 }
 
 }  // namespace
@@ -129,6 +131,7 @@ EXPORT int prepare(int batch, int threads) {
   return static_cast<int>(layers.size());
 }
 EXPORT double flop(int layer) { return layers[static_cast<size_t>(layer)].flop; }
+EXPORT const char* name(int layer) { return layers[static_cast<size_t>(layer)].name.c_str(); }
 EXPORT void run(int layer) {
   const Layer& l = layers[static_cast<size_t>(layer)];
   if (l.is_block)
@@ -152,11 +155,13 @@ EXPORT double run_peak() {
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 struct Version {
   int (*prepare)(int batch, int threads);
   double (*flop)(int);
+  const char* (*name)(int);
   void (*run)(int);
   double (*run_peak)();
   std::vector<std::vector<double> > shares, times;  // of each layer, then of all; times in FLOP of the peak
@@ -180,6 +185,7 @@ int main(int count, char** words) {
     if (!object) return std::fprintf(stderr, "%s\n", dlerror()), 1;
     Version v = {reinterpret_cast<decltype(v.prepare)>(dlsym(object, "prepare")),
                  reinterpret_cast<decltype(v.flop)>(dlsym(object, "flop")),
+                 reinterpret_cast<decltype(v.name)>(dlsym(object, "name")),
                  reinterpret_cast<decltype(v.run)>(dlsym(object, "run")),
                  reinterpret_cast<decltype(v.run_peak)>(dlsym(object, "run_peak")),
                  {},
@@ -217,13 +223,10 @@ int main(int count, char** words) {
   }
   std::printf("FMA peak %.1f GFLOP/s a thread; a layer's microseconds at it, percent of it, times as fast as %s\n",
               best_peak * 1e-9, words[4]);
+  int width = 0;
+  for (int i = 0; i < layers; ++i) width = std::max(width, static_cast<int>(std::strlen(versions[0].name(i))));
   for (size_t i = 0; i <= static_cast<size_t>(layers); ++i) {
-    if (i == 0)
-      std::printf("stem    ");
-    else if (i + 1 < static_cast<size_t>(layers))
-      std::printf("block %2zu", i);
-    else
-      std::printf(i + 1 == static_cast<size_t>(layers) ? "head    " : "all     ");
+    std::printf("%-*s", width, i < static_cast<size_t>(layers) ? versions[0].name(static_cast<int>(i)) : "all");
     for (const Version& v : versions)
       std::printf("  %8.1f us %3.0f %% x%.2f", median(v.times[i]) / best_peak * 1e6, 100 * median(v.shares[i]),
                   median(versions[0].times[i]) / median(v.times[i]));

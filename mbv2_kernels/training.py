@@ -89,6 +89,7 @@ def forward(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig, ste
     Running statistics of layers with `step.batch` are neither read nor changed; they may be None.
     """
     phases = backends.train_phases(x, tensors)
+    x = _channels_last(x)
     expand, depthwise, project = tensors.layers()
     convolution = config[:4]
     nothing = (x.new_empty(0, dtype=torch.float64) for _ in range(6))
@@ -136,6 +137,7 @@ def backward(
     and the same values must meet the clamps again.
     """
     phases = backends.train_phases(x, tensors)
+    x, grad = _channels_last(x), _channels_last(grad)
     expand, depthwise, project = tensors.layers()
     convolution = config[:4]
     need_x, need1, need2, need3 = needs[0], needs[1:5], needs[5:9], needs[9:13]
@@ -267,6 +269,11 @@ def _all_reduce(sums: Sequence[Tensor], group: str) -> Sequence[Tensor]:
 
 
 # ---- What the phases take --------------------------------------------------------------------------------------------
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    """As the phases read it: converted once, and not in each of them."""
+    return image.contiguous(memory_format=torch.channels_last)
 
 
 def _norm(layer: Layer, eps: float, statistics: Tensor, x: Tensor) -> _Norm:
