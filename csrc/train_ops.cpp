@@ -384,7 +384,7 @@ std::tuple<Tensor, Tensor> train_fold_expand(Tensor weight, Tensor statistics, T
   const int64_t channels = linear.norm.channels, in = linear.in_channels;
   float *w1, *b1;
   Tensor weights = result({channels, in}, {in, 1}, ScalarType::Float, &w1), biases = floats(channels, &b1);
-  mbv2::fold(linear, linear.norm.fixed ? nullptr : v.doubles("mean_x", mean_x, {in}), w1, b1);
+  mbv2::fold(linear, linear.norm.fixed ? nullptr : v.doubles("mean_x", mean_x, {in}), mbv2::torch_parallel(), w1, b1);
   return {weights, biases};
 }
 
@@ -408,7 +408,7 @@ Tensor train_linear_sums(Tensor weight, Tensor t) {
   const LinearNorm linear = v.linear(weight, norm);
   double* out;
   Tensor sums = doubles(norm.channels, &out);
-  mbv2::linear_sums(linear, v.floats("t", t, {norm.channels, linear.in_channels}), out);
+  mbv2::linear_sums(linear, v.floats("t", t, {norm.channels, linear.in_channels}), mbv2::torch_parallel(), out);
   return sums;
 }
 

@@ -113,7 +113,8 @@ struct TrainArgs;  // train.h
 struct TrainLayout;
 struct TrainPlan;
 struct TrainItem;
-struct DoubleProduct;  // train_norm.h
+template <class T>
+struct StripProduct;  // train_norm.h
 
 struct TierKernels {
   int vector;     // floats a vector
@@ -130,7 +131,8 @@ struct TierKernels {
   size_t (*train_scratch_floats)(const TrainArgs&, const TrainLayout&, const TrainPlan&);
   void (*train_work)(const TrainArgs&, const TrainLayout&, const TrainPlan&, const TrainItem&, const float* packed,
                      float* scratch);
-  void (*multiply)(const DoubleProduct&);
+  void (*multiply_doubles)(const StripProduct<double>&);
+  void (*multiply_floats)(const StripProduct<float>&);
   // `iterations` times kFmaChains independent multiply-adds a lane; the value returned only keeps them alive
   float (*fma_chains)(int64_t iterations);
 };

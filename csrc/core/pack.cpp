@@ -36,11 +36,23 @@ void pack_panels(const PanelMatrix& m, int64_t panel_begin, int64_t panel_end) {
   for (int64_t first = panel_begin * m.panel; first < m.padded && first < panel_end * m.panel; first += m.panel) {
     const int64_t width = first + m.panel <= m.padded ? m.panel : m.padded - first;
     const int64_t given = first + width <= m.channels ? width : m.channels > first ? m.channels - first : 0;
-    float* to = m.dst + first * m.depth;
-    for (int64_t k = 0; k < m.depth; ++k, to += width) {
-      const float* from = m.src + first * m.channel_stride + k * m.depth_stride;
-      for (int64_t c = 0; c < given; ++c) to[c] = from[c * m.channel_stride];
-      for (int64_t c = given; c < width; ++c) to[c] = 0;
+    const float* from = m.src + first * m.channel_stride;
+    // Channel by channel, so that memory is read in runs; and not all of the depth at once, so that what is written
+    // stays in L1.
+    constexpr int64_t kRun = 64;
+    for (int64_t begin = 0; begin < m.depth; begin += kRun) {
+      const int64_t run = m.depth - begin < kRun ? m.depth - begin : kRun;
+      float* to = m.dst + first * m.depth + begin * width;
+      if (m.channel_stride == 1) {
+        for (int64_t k = 0; k < run; ++k)
+          for (int64_t c = 0; c < given; ++c) to[k * width + c] = from[(begin + k) * m.depth_stride + c];
+      } else {
+        for (int64_t c = 0; c < given; ++c)
+          for (int64_t k = 0; k < run; ++k)
+            to[k * width + c] = from[c * m.channel_stride + (begin + k) * m.depth_stride];
+      }
+      for (int64_t k = 0; k < run; ++k)
+        for (int64_t c = given; c < width; ++c) to[k * width + c] = 0;
     }
   }
 }

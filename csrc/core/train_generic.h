@@ -73,28 +73,38 @@ NOINLINE void outer_product(int64_t width, const float* a, int64_t lda, int64_t 
   outer_product_of_width<V::kMaxPanel>(width, a, lda, rows, b, ldb, pixels, sums, pitch);
 }
 
-// ---- The product in double precision that train_norm.cpp takes
-// ---------------------------------------------------------
+// ---- The products that train_norm.cpp takes -------------------------------------------------------------------------
 
-typedef double Doubles __attribute__((vector_size(4 * V::width), aligned(8), may_alias));  // a register, not aligned
+template <class T>
+struct Register;  // of a tier's size, not aligned
+template <>
+struct Register<float> {
+  typedef float Type __attribute__((vector_size(4 * V::width), aligned(4), may_alias));
+};
+template <>
+struct Register<double> {
+  typedef double Type __attribute__((vector_size(4 * V::width), aligned(8), may_alias));
+};
 
-template <int Height>
-ALWAYS_INLINE void double_tile(const DoubleProduct& m, int64_t row) {
-  Doubles acc[Height][2] = {};
-  const double* a = m.a + row * m.a_row;
-  const Doubles* b = reinterpret_cast<const Doubles*>(m.b);
+template <int Height, class T>
+ALWAYS_INLINE void strip_tile(const StripProduct<T>& m, int64_t row) {
+  using R = typename Register<T>::Type;
+  R acc[Height][2] = {};
+  const T* a = m.a + row * m.a_row;
+  const R* b = reinterpret_cast<const R*>(m.b);
   for (int64_t k = m.depth; k > 0; --k, a += m.a_step, b += 2)
     UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < 2; ++j) acc[i][j] += a[i * m.a_row] * b[j];
   UNROLL for (int i = 0; i < Height; ++i)
-      UNROLL for (int j = 0; j < 2; ++j) reinterpret_cast<Doubles*>(m.out + (row + i) * m.out_row)[j] = acc[i][j];
+      UNROLL for (int j = 0; j < 2; ++j) reinterpret_cast<R*>(m.out + (row + i) * m.out_row)[j] = acc[i][j];
 }
 
-static void multiply(const DoubleProduct& m) {
+template <class T>
+static void multiply(const StripProduct<T>& m) {
   constexpr int kHeight = V::kMaxRows[2];
   int64_t row = 0;
-  for (; row + kHeight <= m.rows; row += kHeight) double_tile<kHeight>(m, row);
-  for (; row + 2 <= m.rows; row += 2) double_tile<2>(m, row);
-  if (row < m.rows) double_tile<1>(m, row);
+  for (; row + kHeight <= m.rows; row += kHeight) strip_tile<kHeight>(m, row);
+  for (; row + 2 <= m.rows; row += 2) strip_tile<2>(m, row);
+  if (row < m.rows) strip_tile<1>(m, row);
 }
 
 // ---- Depthwise, backward --------------------------------------------------------------------------------------------

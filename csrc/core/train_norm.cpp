@@ -1,5 +1,5 @@
-// BatchNorm's arithmetic between the phases. The one part that costs are two products of the expand layer's weight in
-// fp64, which the tiers multiply.
+// BatchNorm's arithmetic between the phases. The one part that costs are three products of the expand layer's weight,
+// which the tiers multiply: in fp64 where a variance comes out of it as a difference, in fp32 where a gradient does.
 #include "train_norm.h"
 
 #include <algorithm>
@@ -26,6 +26,7 @@ struct Channel {
 
 struct ChannelBackward {
   double a, b = 0, c = 0, bias = 0, gamma, beta;
+  double mean = 0;  // c = mean - b * centre
   ChannelBackward(const Norm& n, const NormSums& sums, int64_t at) {
     const Channel channel(n, at);
     a = channel.scale;
@@ -38,7 +39,8 @@ struct ChannelBackward {
     const double all_gamma = (sums.all_gv[at] - channel.centre * sums.all_g[at]) * channel.invstd;
     const double per_pixel = a / channel.pixels;
     b = static_cast<double>(static_cast<float>(-per_pixel * channel.invstd * all_gamma));
-    c = -per_pixel * sums.all_g[at] - b * channel.centre;
+    mean = -per_pixel * sums.all_g[at];
+    c = mean - b * channel.centre;
   }
 };
 
@@ -81,28 +83,37 @@ void for_rows(int64_t rows, int64_t unit, int64_t products_a_row, const Parallel
                         [](void* context, int64_t begin, int64_t end) { (*static_cast<Run*>(context))(begin, end); });
 }
 
-// A thread's memory of doubles.
-double* reserve(Arena& arena, int64_t size) {
-  return reinterpret_cast<double*>(arena.reserve(static_cast<size_t>(2 * size)));
+// A thread's memory of other numbers.
+template <class T>
+T* reserve(Arena& arena, int64_t size) {
+  return reinterpret_cast<T*>(arena.reserve(static_cast<size_t>(size) * sizeof(T) / sizeof(float)));
 }
-thread_local Arena symmetric_matrix;  // of the calling thread
+thread_local Arena matrix_strips;  // of the calling thread
 thread_local Arena weight_strips;
 
-// body(channel, its row of weight in fp64, that row times a symmetric matrix [in_channels][in_channels], element(i, j))
-template <class Element, class Body>
-void times_symmetric(const LinearNorm& linear, const Element& element, const TierKernels& kernels,
-                     const Parallel& parallel, const Body& body) {
-  const int64_t in = linear.in_channels, vector = kernels.vector, pitch = round_up(in, vector);
-  double* matrix = reserve(symmetric_matrix, in * pitch);  // in strips
-  for (int64_t i = 0; i < in; ++i)
-    for (int64_t j = 0; j < pitch; ++j)
-      matrix[j / vector * in * vector + i * vector + j % vector] = j < in ? element(i, j) : 0;
+void multiply(const TierKernels& kernels, const StripProduct<double>& product) { kernels.multiply_doubles(product); }
+void multiply(const TierKernels& kernels, const StripProduct<float>& product) { kernels.multiply_floats(product); }
+
+enum class Shape { any, upper };  // upper: nothing below the diagonal
+
+// body(channel, its row of weight, that row times a matrix [in_channels][in_channels], element(i, j)), all in T
+template <class T, Shape kShape, class Element, class Body>
+void times_matrix(const LinearNorm& linear, const Element& element, const TierKernels& kernels,
+                  const Parallel& parallel, const Body& body) {
+  const int64_t in = linear.in_channels, width = strip_width<T>(kernels.vector), pitch = round_up(in, width);
+  const auto depth = [&](int64_t strip) { return kShape == Shape::upper ? std::min(strip + width, in) : in; };
+  T* matrix = reserve<T>(matrix_strips, in * pitch);  // [strip][in_channels][width]
+  for (int64_t strip = 0; strip < pitch; strip += width)
+    for (int64_t i = 0; i < depth(strip); ++i)
+      for (int64_t j = 0; j < width; ++j)
+        matrix[strip * in + i * width + j] = strip + j < in ? static_cast<T>(element(i, strip + j)) : 0;
   for_rows(linear.norm.channels, 4, in * in, parallel, [&](int64_t begin, int64_t end) {
-    double *rows = reserve(thread_scratch(), (end - begin) * (in + pitch)), *products = rows + (end - begin) * in;
+    T *rows = reserve<T>(thread_scratch(), (end - begin) * (in + pitch)), *products = rows + (end - begin) * in;
     const float* weight = linear.weight + begin * in;
-    for (int64_t i = 0; i < (end - begin) * in; ++i) rows[i] = static_cast<double>(weight[i]);
-    for (int64_t j = 0; j < pitch; j += vector)
-      kernels.multiply({rows, in, 1, matrix + j * in, end - begin, in, products + j, pitch});
+    for (int64_t i = 0; i < (end - begin) * in; ++i) rows[i] = static_cast<T>(weight[i]);
+    for (int64_t strip = 0; strip < pitch; strip += width)
+      multiply(kernels,
+               StripProduct<T>{rows, in, 1, matrix + strip * in, end - begin, depth(strip), products + strip, pitch});
     for (int64_t c = begin; c < end; ++c) body(c, rows + (c - begin) * in, products + (c - begin) * pitch);
   });
 }
@@ -137,30 +148,39 @@ void linear_statistics(const LinearNorm& linear, const double* sum_x, const doub
   const int64_t in = linear.in_channels, channels = linear.norm.channels;
   const double count = std::max(pixels, 1.0);
   for (int64_t i = 0; i < in; ++i) mean_x[i] = sum_x[i] / count;
-  const auto covariance = [&](int64_t i, int64_t j) { return gram[i * in + j] / count - mean_x[i] * mean_x[j]; };
-  times_symmetric(linear, covariance, kernels, parallel, [&](int64_t c, const double* weight, const double* product) {
-    const double var = dot(weight, product, in);
-    out[c] = dot(weight, mean_x, in);
-    out[channels + c] = var < 0 ? 0 : var;
-    out[2 * channels + c] = pixels;
+  // weight^T covariance weight, where each pair of different channels counts twice
+  const auto covariance = [&](int64_t i, int64_t j) {
+    return i > j ? 0 : (i < j ? 2 : 1) * (gram[i * in + j] / count - mean_x[i] * mean_x[j]);
+  };
+  times_matrix<double, Shape::upper>(linear, covariance, kernels, parallel,
+                                     [&](int64_t c, const double* weight, const double* product) {
+                                       const double var = dot(weight, product, in);
+                                       out[c] = dot(weight, mean_x, in);
+                                       out[channels + c] = var < 0 ? 0 : var;
+                                       out[2 * channels + c] = pixels;
+                                     });
+}
+
+void fold(const LinearNorm& linear, const double* mean_x, const Parallel& parallel, float* w1, float* b1) {
+  const int64_t in = linear.in_channels;
+  for_rows(linear.norm.channels, 1, 8 * in, parallel, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Channel channel(linear.norm, c);
+      float* to = w1 + c * in;
+      for (int64_t i = 0; i < in; ++i)
+        to[i] = static_cast<float>(static_cast<double>(linear.weight[c * in + i]) * channel.scale);
+      double shift = channel.shift(linear.norm, c);
+      if (!linear.norm.fixed) shift += channel.scale * channel.centre - dot(to, mean_x, in);
+      b1[c] = static_cast<float>(shift);
+    }
   });
 }
 
-void fold(const LinearNorm& linear, const double* mean_x, float* w1, float* b1) {
+void linear_sums(const LinearNorm& linear, const float* t, const Parallel& parallel, double* sums) {
   const int64_t in = linear.in_channels;
-  for (int64_t c = 0; c < linear.norm.channels; ++c, w1 += in) {
-    const Channel channel(linear.norm, c);
-    for (int64_t i = 0; i < in; ++i)
-      w1[i] = static_cast<float>(static_cast<double>(linear.weight[c * in + i]) * channel.scale);
-    double shift = channel.shift(linear.norm, c);
-    if (!linear.norm.fixed) shift += channel.scale * channel.centre - dot(w1, mean_x, in);
-    b1[c] = static_cast<float>(shift);
-  }
-}
-
-void linear_sums(const LinearNorm& linear, const float* t, double* sums) {
-  const int64_t in = linear.in_channels;
-  for (int64_t c = 0; c < linear.norm.channels; ++c) sums[c] = dot(linear.weight + c * in, t + c * in, in);
+  for_rows(linear.norm.channels, 1, 8 * in, parallel, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) sums[c] = dot(linear.weight + c * in, t + c * in, in);
+  });
 }
 
 void linear_backward(const LinearNorm& linear, const float* w1, const float* t, const NormSums& sums,
@@ -181,33 +201,46 @@ void linear_backward(const LinearNorm& linear, const float* w1, const float* t, 
         out.weight[i] = static_cast<float>(back(c).a * static_cast<double>(t[i]));
     return;
   }
-  // weight, and -b * weight, in strips: [strip][channel][vector]
-  const int64_t vector = kernels.vector, strips = ceil_divide(in, vector), strip = channels * vector;
-  double *right = reserve(weight_strips, 2 * strips * strip), *left = right + strips * strip;
-  const auto products = [&](int64_t i, int64_t j) { return gram[i * in + j]; };
-  times_symmetric(linear, products, kernels, parallel, [&](int64_t c, const double* weight, const double* product) {
-    const ChannelBackward& of = back(c);
-    const float* from = t + c * in;
-    float* to = out.weight + c * in;
-    for (int64_t i = 0; i < in; ++i)
-      to[i] = static_cast<float>(of.a * static_cast<double>(from[i]) + (of.b * product[i] + of.c * sum_x[i]));
-    for (int64_t i = 0; i < strips * vector; ++i) {
-      const int64_t at = i / vector * strip + c * vector + i % vector;
-      right[at] = i < in ? weight[i] : 0;
-      left[at] = -of.b * right[at];
-    }
-  });
-  // m = -weight^T diag(b) weight, symmetric: from the diagonal on, and the rest copied
-  for_rows(strips, 1, strips * vector * strip / 2, parallel, [&](int64_t begin, int64_t end) {
-    double* tile = reserve(thread_scratch(), vector * vector);
+  // The products of x's deviations from its mean: of numbers that large means do not drown, in fp32.
+  const auto products = [&](int64_t i, int64_t j) { return gram[i * in + j] - mean_x[i] * sum_x[j]; };
+  // weight, and -b * weight, in strips: [strip][channel][width]
+  const int64_t width = strip_width<float>(kernels.vector), strips = ceil_divide(in, width), strip = channels * width;
+  float *right = reserve<float>(weight_strips, 2 * strips * strip), *left = right + strips * strip;
+  times_matrix<float, Shape::any>(
+      linear, products, kernels, parallel, [&](int64_t c, const float* weight, const float* product) {
+        const ChannelBackward& of = back(c);
+        const float* from = t + c * in;
+        float* to = out.weight + c * in;
+        for (int64_t i = 0; i < in; ++i)
+          to[i] = static_cast<float>(of.a * static_cast<double>(from[i]) +
+                                     (of.b * static_cast<double>(product[i]) + of.mean * sum_x[i]));
+        const float b = static_cast<float>(of.b);
+        for (int64_t at = 0; at < strips; ++at) {
+          float *w = right + at * strip + c * width, *bw = left + at * strip + c * width;
+          const int64_t given = std::min(width, in - at * width);
+          for (int64_t i = 0; i < width; ++i) w[i] = i < given ? weight[at * width + i] : 0;
+          for (int64_t i = 0; i < width; ++i) bw[i] = -b * w[i];
+        }
+      });
+  // m = -weight^T diag(b) weight, symmetric: from the diagonal on, and the rest copied. fp32 in runs of channels.
+  for_rows(strips, 1, strips * width * strip / 2, parallel, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kRun = 48;
+    double* sums = reserve<double>(thread_scratch(), 2 * width * width);
+    float* tile = reinterpret_cast<float*>(sums + width * width);
     for (int64_t turn = begin; turn < end; ++turn) {
       // Long and short rows in turns: each thread gets a run of them, and as much to do.
       const int64_t down = turn % 2 ? strips - 1 - turn / 2 : turn / 2;
       for (int64_t across = down; across < strips; ++across) {
-        kernels.multiply({left + down * strip, 1, vector, right + across * strip, vector, channels, tile, vector});
-        for (int64_t i = down * vector; i < std::min((down + 1) * vector, in); ++i)
-          for (int64_t j = std::max(across * vector, i); j < std::min((across + 1) * vector, in); ++j)
-            out.m[i * in + j] = out.m[j * in + i] = static_cast<float>(tile[i % vector * vector + j % vector]);
+        std::fill(sums, sums + width * width, 0.0);
+        for (int64_t c = 0; c < channels; c += kRun) {
+          multiply(kernels,
+                   StripProduct<float>{left + down * strip + c * width, 1, width, right + across * strip + c * width,
+                                       width, std::min(kRun, channels - c), tile, width});
+          for (int64_t i = 0; i < width * width; ++i) sums[i] += static_cast<double>(tile[i]);
+        }
+        for (int64_t i = down * width; i < std::min((down + 1) * width, in); ++i)
+          for (int64_t j = std::max(across * width, i); j < std::min((across + 1) * width, in); ++j)
+            out.m[i * in + j] = out.m[j * in + i] = static_cast<float>(sums[i % width * width + j % width]);
       }
     }
   });

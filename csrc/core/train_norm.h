@@ -40,8 +40,8 @@ void norm_backward(const Norm& norm, const NormSums& sums, const NormGradients& 
 // out [3][channels], mean_x [in_channels]; from sums of x and x x^T. Of `linear.norm` only the channels are read.
 void linear_statistics(const LinearNorm& linear, const double* sum_x, const double* gram, double pixels, Tier tier,
                        const Parallel& parallel, double* out, double* mean_x);
-void fold(const LinearNorm& linear, const double* mean_x, float* w1, float* b1);
-void linear_sums(const LinearNorm& linear, const float* t, double* sums);
+void fold(const LinearNorm& linear, const double* mean_x, const Parallel& parallel, float* w1, float* b1);
+void linear_sums(const LinearNorm& linear, const float* t, const Parallel& parallel, double* sums);
 
 struct LinearGradients {
   NormGradients norm;      // a, b, c null
@@ -51,15 +51,20 @@ void linear_backward(const LinearNorm& linear, const float* w1, const float* t, 
                      const double* sum_x, const double* gram, const double* mean_x, Tier tier, const Parallel& parallel,
                      const LinearGradients& out);
 
-// What a tier multiplies in fp64: out[i * out_row + j] = sum_k a[i * a_row + k * a_step] * b[k][j], for a strip of as
-// many columns j as the tier's vector has floats.
-struct DoubleProduct {
-  const double* a;
+// What a tier multiplies in fp64 and in fp32: out[i * out_row + j] = sum_k a[i * a_row + k * a_step] * b[k][j], for a
+// strip of columns j: two registers, strip_width().
+template <class T>
+struct StripProduct {
+  const T* a;
   int64_t a_row, a_step;
-  const double* b;
+  const T* b;
   int64_t rows, depth;
-  double* out;
+  T* out;
   int64_t out_row;
 };
+template <class T>
+constexpr int64_t strip_width(int64_t vector) {
+  return 2 * vector * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(T));
+}
 
 }  // namespace mbv2

@@ -80,7 +80,7 @@ struct V {
 
 extern const TierKernels kernels_avx512;
 const TierKernels kernels_avx512 = {
-    V::width,    V::kMaxPanel, scratch_floats,       work,       finish,   conv_scratch_floats, conv_work,
-    linear_work, pool_work,    train_scratch_floats, train_work, multiply, fma_chains};
+    V::width,    V::kMaxPanel, scratch_floats,       work,       finish,           conv_scratch_floats, conv_work,
+    linear_work, pool_work,    train_scratch_floats, train_work, multiply<double>, multiply<float>,     fma_chains};
 
 }  // namespace mbv2
