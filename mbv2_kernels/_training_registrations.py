@@ -235,7 +235,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     grads: list[Tensor | None] = [None] * _N_LEARNED
     if grad is not None:
         kept = ctx.saved_tensors  # once: checkpointing computes them anew at every access
-        needed = _ops.train_block_backward(grad, *kept[: 1 + _N_BLOCK], *ctx.block, *kept[1 + _N_BLOCK :], learned)
+        # The op raises on a second derivative. Where none can follow, its way through the dispatcher is saved.
+        plain = type(grad) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        plain = plain and not torch.is_autocast_enabled(grad.device.type) and torch._C._get_tracing_state() is None
+        run = _train_block_backward if plain else _ops.train_block_backward
+        needed = run(grad, *kept[: 1 + _N_BLOCK], *ctx.block, *kept[1 + _N_BLOCK :], learned)
         grads = [g if need else None for g, need in zip(needed, learned, strict=True)]
     grad_x, *rest = grads
     layers = (grad for i in (0, 4, 8) for grad in (*rest[i : i + 4], None, None))
@@ -247,13 +251,17 @@ torch.library.register_autograd("mbv2::train_block_backward", _no_double_backwar
 
 
 class TrainBlockFunction(torch.autograd.Function):
-    """The op `mbv2::train_block` on plain eager tensors, without the dispatcher's way through its autograd."""
+    """The op `mbv2::train_block` on plain eager tensors, without the dispatcher's way through its autograd.
+
+    Without a `setup_context` of its own: for one, `apply` works out the signature of `forward` in every call.
+    """
 
     @staticmethod
-    def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return _train_block(x, *args)
+    def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        output = _train_block(x, *args)
+        _setup_context(ctx, (x, *args), output)
+        return output
 
-    setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
 

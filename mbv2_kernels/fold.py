@@ -177,7 +177,8 @@ def fold_layer_backward(
 def gradient_like(leaf: Tensor, gradient: Tensor) -> Tensor:
     """`gradient` in the shape, dtype and strides of `leaf`, in dimensions of size 1 too: a 1x1 weight in channels_last
     has others than a contiguous one, and DistributedDataParallel warns about gradients that do not match."""
-    gradient = gradient.view(leaf.shape)
+    if gradient.shape != leaf.shape:
+        gradient = gradient.view(leaf.shape)
     if gradient.dtype == leaf.dtype and gradient.stride() == leaf.stride():
         return gradient
     return torch.empty_like(leaf).copy_(gradient)

@@ -280,8 +280,8 @@ def _norm(layer: Layer, eps: float, statistics: Tensor, x: Tensor) -> _Norm:
     """With batch statistics [3, channels], or else (statistics [0]) with the running ones, or without any."""
     dtype, channels = _compute_dtype(x), layer.weight.shape[0]
     gamma, beta = layer.gamma, layer.beta
-    gamma = x.new_ones(channels, dtype=dtype) if gamma is None else gamma.to(dtype)
-    beta = x.new_zeros(channels, dtype=dtype) if beta is None else beta.to(dtype)
+    gamma = x.new_ones(channels, dtype=dtype) if gamma is None else _as_dtype(gamma, dtype)
+    beta = x.new_zeros(channels, dtype=dtype) if beta is None else _as_dtype(beta, dtype)
     if statistics.dim() == 1:
         if layer.mean is None or layer.var is None:
             mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
@@ -307,12 +307,17 @@ def _matrix(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _kernel_weight(layer: Layer, x: Tensor) -> Tensor:
-    return layer.weight.to(_compute_dtype(x)).contiguous()
+    return _as_dtype(layer.weight, _compute_dtype(x)).contiguous()
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """What the phases of this x compute in: float32, for float64 float64."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which takes a while to find out that there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _pixels(image: Tensor) -> Tensor:
