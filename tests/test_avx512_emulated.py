@@ -246,10 +246,16 @@ def test_training_phases(library: ctypes.CDLL, case: Case, dtype: torch.dtype) -
         assert not mistakes(case, phase, name, values, actual), phase
 
 
-def test_product_in_double_precision(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "columns", "bound"),
+    [("multiply_doubles", torch.float64, 16, 1e-14), ("multiply_floats", torch.float32, 32, 1e-6)],
+)
+def test_products_between_phases(
+    library: ctypes.CDLL, name: str, dtype: torch.dtype, columns: int, bound: float
+) -> None:
     for rows, depth in ((1, 1), (4, 16), (11, 33)):
-        a, b = torch.randn(rows, depth, dtype=torch.float64), torch.randn(depth, 16, dtype=torch.float64)
-        out = torch.full((rows, 16), torch.nan, dtype=torch.float64)
+        a, b = torch.randn(rows, depth, dtype=dtype), torch.randn(depth, columns, dtype=dtype)
+        out = torch.full((rows, columns), torch.nan, dtype=dtype)
         places = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, out))
-        library.multiply(*places, ctypes.c_int64(rows), ctypes.c_int64(depth))
-        assert relative_error(out, a @ b) < 1e-14
+        getattr(library, name)(*places, ctypes.c_int64(rows), ctypes.c_int64(depth))
+        assert relative_error(out.double(), a.double() @ b.double()) < bound

@@ -75,7 +75,12 @@ extern "C" void train(const int64_t* n, const void* const* in, void* const* out)
   run_train(a, Tier::avx512, serial(1));
 }
 
-extern "C" void multiply(const double* a, const double* b, double* out, int64_t rows, int64_t depth) {
+extern "C" void multiply_doubles(const double* a, const double* b, double* out, int64_t rows, int64_t depth) {
   const mbv2::TierKernels& kernels = *mbv2::tier_kernels(mbv2::Tier::avx512);
-  kernels.multiply({a, depth, 1, b, rows, depth, out, kernels.vector});
+  kernels.multiply_doubles({a, depth, 1, b, rows, depth, out, mbv2::strip_width<double>(kernels.vector)});
+}
+
+extern "C" void multiply_floats(const float* a, const float* b, float* out, int64_t rows, int64_t depth) {
+  const mbv2::TierKernels& kernels = *mbv2::tier_kernels(mbv2::Tier::avx512);
+  kernels.multiply_floats({a, depth, 1, b, rows, depth, out, mbv2::strip_width<float>(kernels.vector)});
 }
