@@ -113,6 +113,8 @@ struct TrainArgs;  // train.h
 struct TrainLayout;
 struct TrainPlan;
 struct TrainItem;
+struct WindowArgs;  // train_window.h
+struct WindowItem;
 struct DoubleProduct;  // train_norm.h
 
 struct TierKernels {
@@ -130,6 +132,8 @@ struct TierKernels {
   size_t (*train_scratch_floats)(const TrainArgs&, const TrainLayout&, const TrainPlan&);
   void (*train_work)(const TrainArgs&, const TrainLayout&, const TrainPlan&, const TrainItem&, const float* packed,
                      float* scratch);
+  size_t (*window_scratch_floats)(const WindowArgs&, const ConvLayout&);
+  void (*window_work)(const WindowArgs&, const ConvLayout&, const WindowItem&, float* scratch);
   void (*multiply)(const DoubleProduct&);
   // `iterations` times kFmaChains independent multiply-adds a lane; the value returned only keeps them alive
   float (*fma_chains)(int64_t iterations);
