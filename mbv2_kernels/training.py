@@ -162,6 +162,7 @@ def backward(
     and the same values must meet the clamps again.
     """
     phases = backends.train_phases(x, tensors)
+    grad = grad.contiguous(memory_format=torch.channels_last)  # once, and not in every phase
     expand, depthwise, project = tensors.layers()
     convolution = config[:4]
     need_x, need1, need2, need3 = needs[0], needs[1:5], needs[5:9], needs[9:13]
@@ -275,6 +276,7 @@ def layer_backward(
 ) -> list[Tensor | None]:
     """Gradients of x, weight, bias, gamma and beta, as `backward` gives them: 5, None where `needs` is False."""
     phases = backends.train_layer_phases(x, layer)
+    grad = grad.contiguous(memory_format=torch.channels_last)
     need_x, need_weight, *_ = needs
     z, *linear = saved
     norm = _norm(layer, eps, saved.statistics, x)

@@ -43,8 +43,8 @@ ALWAYS_INLINE void double_outer_product(const double* a, int64_t a_step, int64_t
 // ---- One work item --------------------------------------------------------------------------------------------------
 
 struct WindowBuffers {
-  int64_t columns, pitch;                  // of a copied row: pixels, and values, with a register's more
-  int64_t rows, row, e, sums, g, t, size;  // offsets in floats
+  int64_t columns, pitch;               // of a copied row: pixels, and values, with a register's more
+  int64_t rows, row, e, sums, t, size;  // offsets in floats
 };
 
 static WindowBuffers window_buffers(const WindowArgs& w, const ConvLayout& l) {
@@ -62,9 +62,8 @@ static WindowBuffers window_buffers(const WindowArgs& w, const ConvLayout& l) {
   b.rows = section(a.dims.kernel * b.pitch * (backward ? 1 : 2));
   b.row = section(b.pitch);
   if (backward) {
-    b.e = section(a.out_width * a.dims.out_channels);
+    b.e = section(a.out_width * l.out_padded);
     b.sums = section(a.out_width * l.panel * V::width);
-    b.g = section(a.out_width * l.out_padded);
     b.t = section(a.dims.kernel * a.dims.kernel * a.dims.in_channels * l.out_padded);
   }
   b.size = at;
@@ -158,18 +157,18 @@ struct WindowWork {
     });
   }
 
-  // e and a line of gy -> g, and its sums.
-  void through_activation(const float* e, int64_t pixel, float* g) const {
-    const int64_t out_channels = a.dims.out_channels, g_pitch = l.out_padded;
+  // A line of gy and e -> g in e's place, and its sums.
+  void through_activation(int64_t pixel, float* e) const {
+    const int64_t out_channels = a.dims.out_channels, pitch = l.out_padded;
     const Open open(a.activation);
     for (int64_t c = 0; c < out_channels; c += V::width) {
       const Lanes<Storage> lanes(out_channels - c);
-      const Lanes<F32> wide(out_channels - c);
       const Element* gy = static_cast<const Element*>(w.gy) + pixel * out_channels + c;
       PixelSums sum;
       for_pixels(a.out_width, [&](int64_t p, int part) __attribute__((always_inline)) {
-        const V::T kept = open.keep(lanes.load(gy + p * out_channels), wide.load(e + p * out_channels + c));
-        V::store(g + p * g_pitch + c, kept);
+        float* at = e + p * pitch + c;
+        const V::T kept = open.keep(lanes.load(gy + p * out_channels), V::load(at));
+        V::store(at, kept);
         sum.parts[part] = V::add(sum.parts[part], kept);
       });
       add_to(item.sums + c, sum.total());
@@ -179,16 +178,17 @@ struct WindowWork {
   void backward() const {
     constexpr int64_t kFlush = 1024;  // pixels whose products are summed in fp32
     const int64_t depth = kernel * run, vectors = l.out_padded / V::width;
-    float *e = scratch + b.e, *g = scratch + b.g, *t = scratch + b.t;
+    float *g = scratch + b.e, *t = scratch + b.t;
     ConvArgs to_e = a;
-    to_e.y = e;
+    to_e.y = g;
+    to_e.dims.out_channels = l.out_padded;
     to_e.activation = {-kInfinity, kInfinity};
     const ConvWork<F32> forward(to_e, l, panels, nullptr);
     for (int64_t i = 0; i < depth * l.out_padded; ++i) t[i] = 0;
     int64_t summed = 0;
     for_each_line<float>([&](int64_t line, const float* rows) __attribute__((always_inline)) {
       forward.products({rows, step, run, kernel, b.pitch}, a.packed + l.w, 0, a.out_width, scratch + b.sums);
-      through_activation(e, line * a.out_width, g);
+      through_activation(line * a.out_width, g);
       for (int64_t v = 0; v < vectors; v += l.panel)
         for (int64_t dy = 0; dy < kernel; ++dy)
           outer_product(min64(l.panel, vectors - v), rows + dy * b.pitch, step, run, g + v * V::width, l.out_padded,
