@@ -278,21 +278,21 @@ def layer_backward(
     phases = backends.train_layer_phases(x, layer)
     grad = grad.contiguous(memory_format=torch.channels_last)
     need_x, need_weight, *_ = needs
-    z, *linear = saved
     norm = _norm(layer, eps, saved.statistics, x)
     grads: list[Tensor | None] = [None] * 5
     if is_pointwise(layer.weight, config):
         scale, shift = phases.train_norm(*norm)
-        sums = phases.train_finish_backward(grad, z, scale, shift, config.activation)
+        sums = phases.train_finish_backward(grad, saved.z, scale, shift, config.activation)
         *through, grads[2], grads[3], grads[4] = _through(phases, norm, sums, group)
         if need_x or need_weight:
-            from_z = (grad, z, scale, shift, *through, config.activation)
+            from_z = (grad, saved.z, scale, shift, *through, config.activation)
             grads[1], grads[0] = phases.train_pointwise_backward(*from_z, x, _matrix(layer, x), (need_weight, need_x))
     else:
+        linear = _Linear(*saved[1:])
         w1, b1 = _folded_linear(phases, layer, eps, saved.statistics, saved.mean_x, x)
         t, sum_g = phases.train_window_backward(grad, x, w1, b1, *config)
-        sums = _linear_sums(phases, _Linear(*linear), layer, t, sum_g, group, x)
-        *grads[1:], _, _ = _linear_backward(phases, _Linear(*linear), layer, eps, w1.flatten(1), t, sums, x)
+        sums = _linear_sums(phases, linear, layer, t, sum_g, group, x)
+        *grads[1:], _, _ = _linear_backward(phases, linear, layer, eps, w1.flatten(1), t, sums, x)
         if need_x:
             a, b, c, *_ = phases.train_norm_backward(norm.statistics, norm.gamma, eps, *sums)
             weight = _kernel_weight(layer, x)
