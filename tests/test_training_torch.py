@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,41 +160,58 @@ def test_gradcheck(batch: tuple[bool, bool, bool]) -> None:
     assert torch.autograd.gradcheck(lambda *a: ops.train_block(*a)[0], arguments, eps=1e-6, atol=1e-6)
 
 
-def layer(kernel_size: int) -> DenseLayer:
-    return DenseLayer(8, 24, 1, stride=1) if kernel_size == 1 else DenseLayer(3, 8, kernel_size)
+KINDS: dict[str, Callable[[], Trainable]] = {
+    "block": lambda: Block(out_channels=12),
+    "stem": lambda: DenseLayer(3),
+    "head": lambda: DenseLayer(8, 24, 1, stride=1),
+}
 
 
-@pytest.mark.parametrize("model", (Block(), layer(3), layer(1)), ids=("block", "stem", "head"))
-def test_double_backward_is_refused(model: Trainable) -> None:
-    block = fused(model)
-    x = torch.randn(2, next(model.parameters()).shape[1], 12, 10, requires_grad=True)
+def picture_for(model: nn.Module, batch: int = 2) -> Tensor:
+    return torch.randn(batch, next(model.parameters()).shape[1], 12, 10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_double_backward_is_refused(kind: str) -> None:
+    block = fused(KINDS[kind]())
+    x = picture_for(block).requires_grad_()
     (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="a fused block is differentiable once"):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize(
-    "model", (Block(), Block(out_channels=12), layer(3), layer(1)), ids=("residual", "block", "stem", "head")
-)
+@pytest.mark.parametrize("kind", ("residual", *KINDS))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_autocast(dtype: torch.dtype, model: Trainable) -> None:
-    """Dtypes as unfused: the result in autocast's (float32 after a float32 residual), gradients in the parameters'."""
-    x = torch.randn(4, next(model.parameters()).shape[1], 16, 14)
-    exact = step(copy.deepcopy(model).double(), x.double())
-    results = []
-    for candidate in (fused(model), copy.deepcopy(model)):
-        leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", dtype):
-            y = candidate(leaf)
-        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
-        named = {name: p.grad for name, p in candidate.named_parameters()}
-        results.append({"y": y.detach(), "x": leaf.grad, **named, **dict(candidate.named_buffers())})
-    ours, plain = results
-    for name, expected in plain.items():
-        assert ours[name].dtype == expected.dtype, name
-    for names in (["y"], ["x", *dict(model.named_parameters())]):
-        worst = max(relative_error(ours[name], exact[name]) for name in names)
-        assert worst < 2 * max(relative_error(plain[name], exact[name]) for name in names)
+def test_autocast(dtype: torch.dtype, kind: str) -> None:
+    """Dtypes as unfused: the result in autocast's (float32 after a float32 residual), gradients in the parameters'.
+
+    Errors as a geometric mean over some draws: a value that rounds across the edge of a clamp changes a gradient by all
+    of itself, here or there.
+    """
+    model = Block() if kind == "residual" else KINDS[kind]()
+    gradients = ("x", *dict(model.named_parameters()))
+    ratios = []
+    for _ in range(6):
+        x = picture_for(model, batch=6)
+        exact = step(copy.deepcopy(model).double(), x.double())
+        ours, plain = (autocast_step(candidate, x, dtype) for candidate in (fused(model), copy.deepcopy(model)))
+        for name, expected in plain.items():
+            assert ours[name].dtype == expected.dtype, name
+        worst = [
+            [max(relative_error(found[name], exact[name]) for name in names) for names in (("y",), gradients)]
+            for found in (ours, plain)
+        ]
+        ratios.append([mine / theirs for mine, theirs in zip(*worst, strict=True)])
+    assert torch.tensor(ratios).log().mean(0).exp().max() < 2
+
+
+def autocast_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = model(leaf)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"y": y.detach(), "x": leaf.grad, **gradients, **dict(model.named_buffers())}
 
 
 def test_float16_under_a_grad_scaler() -> None:
@@ -219,13 +236,13 @@ def test_float16_under_a_grad_scaler() -> None:
     assert any(not torch.equal(t, before[name]) for name, t in model.named_parameters())
 
 
-@pytest.mark.parametrize("model", (Block(), layer(3), layer(1)), ids=("block", "stem", "head"))
-def test_checkpointing_gives_the_same_gradients(model: Trainable) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
     """Reentrant, the statistics are updated twice, as for any BatchNorm in such a region; else the recomputation stops
     when it has the tensors it needs, and that is before their update."""
-    model = fused(model)
+    model = fused(KINDS[kind]())
     *_, norm = (path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d))
-    x = torch.randn(2, next(model.parameters()).shape[1], 12, 10)
+    x = picture_for(model)
     for reentrant in (True, False):
         plain, again = copy.deepcopy(model), copy.deepcopy(model)
         expected = step(plain, x)
@@ -296,9 +313,10 @@ def test_a_run_of_blocks_trains_without_gradients_too() -> None:
         assert torch.allclose(buffer, expected, rtol=1e-5, atol=1e-6), name
 
 
-@pytest.mark.parametrize("model", (Block(), layer(3), layer(1)), ids=("block", "stem", "head"))
-def test_the_reference_backend_trains_too(model: Trainable) -> None:
-    x = torch.randn(2, next(model.parameters()).shape[1], 12, 10)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_backend_trains_too(kind: str) -> None:
+    model = KINDS[kind]()
+    x = picture_for(model)
     expected = step(fused(model), x)
     mbv2.set_backend("reference")
     ours = fused(model)
