@@ -1,5 +1,5 @@
 // The phases of a training step as torch ops, CPU: checks arguments, allocates, calls the core. What a phase computes
-// stands in core/train.h. LibTorch's stable ABI only, as in ops.cpp.
+// stands in core/train.h and core/train_window.h. LibTorch's stable ABI only, as in ops.cpp.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "core/train.h"
 #include "core/train_norm.h"
+#include "core/train_window.h"
 #include "parallel.h"
 
 namespace {
@@ -31,6 +32,8 @@ using mbv2::Tensor;
 using mbv2::Tier;
 using mbv2::TrainArgs;
 using mbv2::TrainPhase;
+using mbv2::WindowArgs;
+using mbv2::WindowPhase;
 
 Tensor none(ScalarType type) { return empty({0}, {1}, type); }
 
@@ -179,6 +182,26 @@ class Phase {
     a.w2 = floats("w2", w2, {a.dims.out_channels, channels});
   }
 
+  // A lone 1x1 convolution w: `project` with x for d, and no BatchNorm before it.
+  void pointwise(const Tensor& x, const Tensor& w) {
+    input(x);
+    const int64_t channels = a.dims.in_channels;
+    a.dims.hidden_channels = channels;
+    a.dims.kernel = 1;
+    a.stride = a.dilation = 1;
+    a.out_height = a.height;
+    a.out_width = a.width;
+    a.activation = mbv2::kNoClamp;
+    a.d = a.x;
+    ones_.assign(static_cast<size_t>(channels), 1.0f);
+    zeros_.assign(static_cast<size_t>(channels), 0.0f);
+    a.scale2 = ones_.data();
+    a.shift2 = zeros_.data();
+    check(w.dim() == 2 && w.size(0) >= 1, "w must be [out, ", channels, "], got ", shape_of(w));
+    a.dims.out_channels = w.size(0);
+    a.w2 = floats("w", w, {a.dims.out_channels, channels});
+  }
+
   Tensor new_image(int64_t channels, int64_t height, int64_t width, ScalarType dtype, void** pointer) {
     Tensor t = empty_image(a.batch, channels, height, width, dtype);
     *pointer = t.mutable_data_ptr();
@@ -203,6 +226,7 @@ class Phase {
     return t.const_data_ptr();
   }
   std::vector<Tensor> held_;
+  std::vector<float> ones_, zeros_;
   Vectors vectors_;
 };
 
@@ -342,6 +366,99 @@ Tensor train_input_backward(Tensor g, Tensor x, OptionalTensor m, OptionalTensor
   return gx;
 }
 
+// ---- Dense layers around the blocks ---------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> train_pointwise(Tensor x, Tensor w) {
+  Phase p(TrainPhase::project);
+  p.pointwise(x, w);
+  const int64_t channels = w.size(0);
+  Tensor z = p.new_image(channels, p.a.out_height, p.a.out_width, p.type, &p.a.z_out);
+  Tensor sum = doubles(channels, &p.a.sum), squares = doubles(channels, &p.a.sum_product);
+  p.run();
+  return {z, sum, squares};
+}
+
+std::tuple<Tensor, Tensor> train_pointwise_backward(Tensor gy, Tensor z, Tensor scale, Tensor shift, Tensor a, Tensor b,
+                                                    Tensor c, std::string activation, Tensor x, Tensor w,
+                                                    std::vector<bool> needs) {
+  check_needs(needs);
+  Phase p(TrainPhase::project_backward);
+  p.pointwise(x, w);
+  p.block_end(z, scale, shift, activation);
+  p.gradient(gy);
+  const int64_t in = x.size(1), out = w.size(0);
+  p.a.a3 = p.floats("a", a, {out});
+  p.a.b3 = p.floats("b", b, {out});
+  p.a.c3 = p.floats("c", c, {out});
+  Tensor gw = needs[0] ? result({out, in}, {in, 1}, ScalarType::Float, &p.a.gw2) : none(ScalarType::Float);
+  Tensor gx = needs[1] ? p.new_image(in, x.size(2), x.size(3), p.type, &p.a.gh) : none(p.type);
+  if (needs[0] || needs[1]) p.run();
+  return {gw, gx};
+}
+
+// A phase of a k x k convolution, but for its results. x is read as it lies.
+WindowArgs window_args(WindowPhase phase, const Tensor& x, int64_t out_channels, int64_t kernel, int64_t stride,
+                       int64_t padding) {
+  check_tensor("x", x, 4);
+  check_geometry(stride, padding, 1);
+  check(kernel >= 1 && kernel <= mbv2::kMaxKernel, "the kernel's size must be 1 to ", mbv2::kMaxKernel, ", got ",
+        kernel);
+  WindowArgs w = {};
+  w.phase = phase;
+  mbv2::ConvArgs& a = w.conv;
+  a.dims = {x.size(1), out_channels, static_cast<int>(kernel)};
+  a.batch = x.size(0);
+  a.height = x.size(2);
+  a.width = x.size(3);
+  a.stride = stride;
+  mbv2::storage_type(x.scalar_type(), &a.dtype);
+  a.out_height = out_size(a.height, kernel, stride, padding, 1, &a.pad_top);
+  a.out_width = out_size(a.width, kernel, stride, padding, 1, &a.pad_left);
+  check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x),
+        " is smaller than the kernel with its padding");
+  a.x = x.const_data_ptr();
+  a.x_stride_image = x.stride(0);
+  a.x_stride_channel = x.stride(1);
+  a.x_stride_row = x.stride(2);
+  a.x_stride_pixel = x.stride(3);
+  return w;
+}
+
+void run(const WindowArgs& w) {
+  const Tier tier = mbv2::active_tier();
+  mbv2::run_window(w, tier, mbv2::torch_parallel());
+  mbv2::count_call(tier);
+}
+
+std::tuple<Tensor, Tensor> train_window_gram(Tensor x, int64_t kernel_size, int64_t stride, int64_t padding) {
+  WindowArgs w = window_args(WindowPhase::gram, x, 1, kernel_size, stride, padding);
+  const int64_t depth = x.size(1) * kernel_size * kernel_size;
+  Tensor sum = doubles(depth, &w.sum), gram = result({depth, depth}, {depth, 1}, ScalarType::Double, &w.gram);
+  run(w);
+  return {sum, gram};
+}
+
+std::tuple<Tensor, Tensor> train_window_backward(Tensor gy, Tensor x, Tensor w1, Tensor b1, int64_t stride,
+                                                 int64_t padding, std::string activation) {
+  check_tensor("w1", w1, 4);
+  const int64_t channels = w1.size(0), in = w1.size(1), kernel = w1.size(2), depth = in * kernel * kernel;
+  WindowArgs w = window_args(WindowPhase::backward, x, channels, kernel, stride, padding);
+  w.conv.activation = clamp_of("activation", activation);
+  Vectors v;
+  w.w1 = v.floats("w1", w1, {channels, x.size(1), kernel, kernel});
+  w.b1 = v.floats("b1", b1, {channels});
+  check_tensor("gy", gy, 4);
+  check(gy.scalar_type() == x.scalar_type() && gy.size(0) == x.size(0) && gy.size(1) == channels &&
+            gy.size(2) == w.conv.out_height && gy.size(3) == w.conv.out_width,
+        "gy must be [", x.size(0), ", ", channels, ", ", w.conv.out_height, ", ", w.conv.out_width,
+        "] in x's type, got ", shape_of(gy));
+  const Tensor rows = torch::stable::contiguous(gy, MemoryFormat::ChannelsLast);
+  w.gy = rows.const_data_ptr();
+  Tensor t = result({channels, depth}, {depth, 1}, ScalarType::Float, &w.t), sum = doubles(channels, &w.sum);
+  run(w);
+  return {t, sum};
+}
+
 // ---- Between the phases: BatchNorm ----------------------------------------------------------------------------------
 
 Tensor train_statistics(Tensor total, Tensor squares, Tensor pixels) {
@@ -457,6 +574,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mbv2, m) {
       "Tensor a2, Tensor b2, Tensor c2, Tensor w2, int stride, int padding, int dilation, str activation, "
       "bool[2] needs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("train_input_backward(Tensor g, Tensor x, Tensor? m, Tensor? c0, Tensor? gy) -> Tensor");
+  m.def("train_pointwise(Tensor x, Tensor w) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "train_pointwise_backward(Tensor gy, Tensor z, Tensor scale, Tensor shift, Tensor a, Tensor b, Tensor c, "
+      "str activation, Tensor x, Tensor w, bool[2] needs) -> (Tensor, Tensor)");
+  m.def("train_window_gram(Tensor x, int kernel_size, int stride, int padding) -> (Tensor, Tensor)");
+  m.def(
+      "train_window_backward(Tensor gy, Tensor x, Tensor w1, Tensor b1, int stride, int padding, str activation) "
+      "-> (Tensor, Tensor)");
   m.def("train_statistics(Tensor total, Tensor squares, Tensor pixels) -> Tensor");
   m.def("train_linear_statistics(Tensor weight, Tensor sum_x, Tensor gram, Tensor pixels) -> (Tensor, Tensor)");
   m.def("train_norm(Tensor statistics, Tensor gamma, Tensor beta, float eps) -> (Tensor, Tensor)");
@@ -482,6 +607,10 @@ STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
   m.impl("train_project_backward", TORCH_BOX(&train_project_backward));
   m.impl("train_depthwise_backward", TORCH_BOX(&train_depthwise_backward));
   m.impl("train_input_backward", TORCH_BOX(&train_input_backward));
+  m.impl("train_pointwise", TORCH_BOX(&train_pointwise));
+  m.impl("train_pointwise_backward", TORCH_BOX(&train_pointwise_backward));
+  m.impl("train_window_gram", TORCH_BOX(&train_window_gram));
+  m.impl("train_window_backward", TORCH_BOX(&train_window_backward));
   m.impl("train_statistics", TORCH_BOX(&train_statistics));
   m.impl("train_linear_statistics", TORCH_BOX(&train_linear_statistics));
   m.impl("train_norm", TORCH_BOX(&train_norm));

@@ -1,12 +1,14 @@
-"""The ops of a training step, as torch sees them: `mbv2::train_block`, its backward, and the phases they are made of.
+"""The ops of a training step, as torch sees them: `train_block` and `train_layer`, their backward, and the phases.
 
-`train_block` is the whole forward with batch statistics (`training.forward`). Autograd, torch.compile and autocast meet
-this op and its backward; the phases (`mbv2::train_gram`, ...) are run below them.
+`mbv2::train_block` is the whole forward of a block with batch statistics (`training.forward`), `mbv2::train_layer` that
+of a stem or head. Autograd, torch.compile and autocast meet these ops and their backward; the phases they are made of
+(`mbv2::train_gram`, ...) are run below them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,18 +22,25 @@ from ._registrations import (
     _LIBRARY,
     _N_BLOCK,
     _N_CONFIG,
+    _fake_conv,
     _fake_gradients,
     _fake_output,
     _no_double_backward,
     _without_autocast,
 )
-from .backends import BlockConfig
-from .fold import BlockTensors
-from .training import Saved, Step
+from .backends import BlockConfig, LayerConfig
+from .fold import BlockTensors, Layer
+from .training import Saved, SavedLayer, Step
 
 _BLOCK = f"{_BLOCK_TENSORS}, float[] eps, {_CONFIG}, bool[3] batch, str[] groups, bool keep"
 _SAVED = ", ".join(f"Tensor {field}" for field in Saved._fields)
 _N_LEARNED = 13  # x, and weight, bias, gamma, beta of three layers
+_LAYER = (
+    "Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, float eps, int stride, int padding, str activation, "
+    "str group"
+)
+_SAVED_LAYER = ", ".join(f"Tensor {field}" for field in SavedLayer._fields)
+_N_LAYER_LEARNED = 5  # x, weight, bias, gamma, beta
 _ops = torch.ops.mbv2
 
 # Returns y and `Saved`; `batch`, `groups`, `keep` are `training.Step`.
@@ -42,6 +51,16 @@ _LIBRARY.define(
 _LIBRARY.define(
     f"train_block_backward(Tensor grad, Tensor x, {_BLOCK}, {_SAVED}, bool[{_N_LEARNED}] needs)"
     f" -> ({', '.join(['Tensor'] * _N_LEARNED)})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# `group`: the name of the process group that shares the batch's statistics, or "".
+_LIBRARY.define(
+    f"train_layer(Tensor x, {_LAYER}) -> (Tensor y, {_SAVED_LAYER})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    f"train_layer_backward(Tensor grad, Tensor x, {_LAYER}, {_SAVED_LAYER}, bool[{_N_LAYER_LEARNED}] needs)"
+    f" -> ({', '.join(['Tensor'] * _N_LAYER_LEARNED)})",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -55,6 +74,18 @@ def _read(args: tuple[Any, ...]) -> tuple[BlockTensors, tuple[float, float, floa
     end = _N_CONFIG + len(Step._fields)
     step = Step(*others[_N_CONFIG:end])
     return tensors, tuple(eps), BlockConfig(*others[:_N_CONFIG]), step, tuple(others[end:])
+
+
+def _read_layer(args: tuple[Any, ...]) -> tuple[Layer, float, LayerConfig, str, tuple[Any, ...]]:
+    """The same for a layer."""
+    weight, bias, gamma, beta, eps, stride, padding, activation, group, *rest = args
+    return (
+        Layer(weight, bias, gamma, beta, None, None),
+        eps,
+        LayerConfig(stride, padding, activation),
+        group,
+        tuple(rest),
+    )
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
@@ -75,6 +106,22 @@ def _train_block_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, 
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
+def _train_layer(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    layer, eps, config, group, _ = _read_layer(args)
+    y, saved = training.layer_forward(x, layer, eps, config, group)
+    return y, *saved
+
+
+def _train_layer_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    layer, eps, config, group, (*saved, needs) = _read_layer(args)
+    if len(needs) != _N_LAYER_LEARNED:
+        raise ValueError(f"needs must be {_N_LAYER_LEARNED} (x, and four of the layer), got {len(needs)}")
+    grads = training.layer_backward(grad, x, layer, eps, config, group, SavedLayer(*saved), needs)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+_LIBRARY.impl("train_layer", _train_layer, "CompositeExplicitAutograd")
+_LIBRARY.impl("train_layer_backward", _train_layer_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("train_block", _train_block, "CompositeExplicitAutograd")
 _LIBRARY.impl("train_block_backward", _train_block_backward, "CompositeExplicitAutograd")
 for _phase in backends.PHASES:
@@ -110,6 +157,23 @@ def _(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("mbv2::train_block_backward", lib=_LIBRARY)
 def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(x, _leaves(x, args)[1:], args[-1])
+
+
+@torch.library.register_fake("mbv2::train_layer", lib=_LIBRARY)
+def _(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    layer, _, config, _, _ = _read_layer(args)
+    channels, kernel_size = layer.weight.shape[0], layer.weight.shape[-1]
+    y = _fake_conv(x, channels, kernel_size, config.stride, config.padding)
+    statistics = x.new_empty(3, channels, dtype=torch.float64)
+    if training.is_pointwise(layer.weight, config):
+        return y, torch.empty_like(y), statistics, *(_sums(x, 0) for _ in range(3))
+    depth = layer.weight[0].numel()
+    return y, x.new_empty(0), statistics, _sums(x, depth), _sums(x, depth), statistics.new_empty(depth, depth)
+
+
+@torch.library.register_fake("mbv2::train_layer_backward", lib=_LIBRARY)
+def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(x, args[:4], args[-1])
 
 
 def _leaves(x: Tensor, block: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
@@ -171,6 +235,30 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("mbv2::train_input_backward", lib=_LIBRARY)
 def _(g: Tensor, x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("mbv2::train_pointwise", lib=_LIBRARY)
+def _(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    channels = w.shape[0]
+    return _fake_conv(x, channels, 1, 1, 0), _sums(x, channels), _sums(x, channels)
+
+
+@torch.library.register_fake("mbv2::train_pointwise_backward", lib=_LIBRARY)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    *_, x, w, (need_w, need_x) = args
+    gx = torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0)
+    return w.new_empty(w.shape if need_w else 0), gx
+
+
+@torch.library.register_fake("mbv2::train_window_gram", lib=_LIBRARY)
+def _(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, ...]:
+    depth = x.shape[1] * kernel_size**2
+    return _sums(x, depth), x.new_empty(depth, depth, dtype=torch.float64)
+
+
+@torch.library.register_fake("mbv2::train_window_backward", lib=_LIBRARY)
+def _(gy: Tensor, x: Tensor, w1: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return w1.new_empty(len(w1), w1[0].numel()), _sums(x, len(w1))
 
 
 @torch.library.register_fake("mbv2::train_statistics", lib=_LIBRARY)
@@ -246,7 +334,28 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return grad_x, *layers, *(None,) * len(ctx.block)
 
 
+def _setup_layer_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_N_LAYER_LEARNED], *saved)
+    ctx.layer = inputs[_N_LAYER_LEARNED:]
+
+
+def _layer_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    learned = ctx.needs_input_grad[:_N_LAYER_LEARNED]
+    grads: list[Tensor | None] = [None] * _N_LAYER_LEARNED
+    if grad is not None:
+        kept = ctx.saved_tensors
+        inputs, saved = kept[:_N_LAYER_LEARNED], kept[_N_LAYER_LEARNED:]
+        needed = _ops.train_layer_backward(grad, *inputs, *ctx.layer, *saved, learned)
+        grads = [g if need else None for g, need in zip(needed, learned, strict=True)]
+    return *grads, *(None,) * len(ctx.layer)
+
+
 torch.library.register_autograd("mbv2::train_block", _backward, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd("mbv2::train_layer", _layer_backward, setup_context=_setup_layer_context, lib=_LIBRARY)
+torch.library.register_autograd("mbv2::train_layer_backward", _no_double_backward, lib=_LIBRARY)
 torch.library.register_autograd("mbv2::train_block_backward", _no_double_backward, lib=_LIBRARY)
 
 
@@ -265,23 +374,33 @@ class TrainBlockFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+class TrainLayerFunction(torch.autograd.Function):
+    """The same for `mbv2::train_layer`."""
+
+    @staticmethod
+    def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return _train_layer(x, *args)
+
+    setup_context = staticmethod(_setup_layer_context)
+    backward = staticmethod(_layer_backward)
+
+
 # ---- Autocast --------------------------------------------------------------------------------------------------------
 
 
-def _autocast(device_type: str) -> Any:
-    """As autocast has it for the block's convolutions: x in autocast's dtype, and the result in that.
+def _autocast(op: Callable[..., Any], device_type: str, residual: int | None) -> Callable[..., Any]:
+    """`op` as autocast has it for convolutions: x in autocast's dtype, and the result in that.
 
-    Weights in float32 stay, see `_registrations._autocast`. A residual is added to the x that came.
+    Weights in float32 stay, see `_registrations._autocast`. `residual`: where after x a flag stands that asks for it.
+    It is added to the x that came.
     """
-    op = _ops.train_block.default
-    residual = _N_BLOCK + _N_CONFIG  # its place after x
 
-    def kernel(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def kernel(x: Tensor, *args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             if x.dtype in (dtype, torch.float64):
                 return op(x, *args)
-            if not args[residual]:
+            if residual is None or not args[residual]:
                 return op(x.to(dtype), *args)
             y, *saved = op(x.to(dtype), *args[:residual], False, *args[residual + 1 :])
             return y + x, *saved
@@ -290,5 +409,7 @@ def _autocast(device_type: str) -> Any:
 
 
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _LIBRARY.impl("train_block", _autocast(_device_type), _key)
-    _LIBRARY.impl("train_block_backward", _without_autocast(_ops.train_block_backward.default), _key)
+    for _name, _residual in (("train_block", _N_BLOCK + _N_CONFIG), ("train_layer", None)):
+        _backward_op = getattr(_ops, f"{_name}_backward").default
+        _LIBRARY.impl(_name, _autocast(getattr(_ops, _name).default, _device_type, _residual), _key)
+        _LIBRARY.impl(f"{_name}_backward", _without_autocast(_backward_op), _key)

@@ -46,6 +46,13 @@ PHASES = (
     "train_depthwise_backward",
     "train_input_backward",
 )
+#: Those of the dense layers around the blocks, beside `train_finish` and its backward.
+LAYER_PHASES = (
+    "train_pointwise",
+    "train_pointwise_backward",
+    "train_window_gram",
+    "train_window_backward",
+)
 #: The arithmetic between them.
 BETWEEN_PHASES = (
     "train_statistics",
@@ -56,7 +63,10 @@ BETWEEN_PHASES = (
     "train_linear_sums",
     "train_expand_backward",
 )
-_PHASE_OPS = SimpleNamespace(**{name: getattr(torch.ops.mbv2, name).default for name in PHASES + BETWEEN_PHASES})
+_PHASE_OPS = SimpleNamespace(
+    **{name: getattr(torch.ops.mbv2, name).default for name in PHASES + LAYER_PHASES + BETWEEN_PHASES},
+    train_window=torch.ops.mbv2.conv_act.default,
+)
 
 _logger = logging.getLogger("mbv2_kernels")
 _backend = "auto"
@@ -157,6 +167,15 @@ def train_phases(x: Tensor, tensors: BlockTensors) -> Any:
     """What computes a training step on x, phases and between them: functions named as in `training_reference`."""
     phases, run = _select_phases(x)
     memo.note(tensors, run)
+    return phases
+
+
+def train_layer_phases(x: Tensor, layer: Layer) -> Any:
+    """The same for a dense convolution, for which there are kernels on CPUs only."""
+    phases, run = _select_phases(x)
+    if run.backend == "triton":
+        phases, run = training_reference, _REFERENCE
+    memo.note(layer, run)
     return phases
 
 

@@ -181,6 +181,8 @@ def gradient_like(leaf: Tensor, gradient: Tensor) -> Tensor:
         gradient = gradient.view(leaf.shape)
     if gradient.dtype == leaf.dtype and gradient.stride() == leaf.stride():
         return gradient
+    if gradient.dtype == leaf.dtype and gradient.is_contiguous() and leaf.is_contiguous():
+        return gradient.as_strided(leaf.shape, leaf.stride())  # the same numbers at the same places
     return torch.empty_like(leaf).copy_(gradient)
 
 

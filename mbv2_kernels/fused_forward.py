@@ -21,6 +21,7 @@ from .backends import UNCHECKED, get_backend, packed_block, packed_layer, traini
 from .fold import BlockTensors, Layer, Run, memo
 from .functional import is_transformed, run_block, run_layer
 from .reference import ACTIVATIONS
+from .training import is_pointwise
 
 if TYPE_CHECKING:
     from .recognise import ConvNorm, LayerStructure, Structure
@@ -222,14 +223,17 @@ class FusedForward:
         reason = "torch.func and forward-mode derivatives need them" if is_transformed() else training_refused(x)
         return reason and f"{TRAINING} ({reason})"
 
-    def _train(self, x: Tensor, tensors: BlockTensors) -> Tensor:
+    def _train(self, x: Tensor, tensors: Any) -> Tensor:
         if not torch.compiler.is_compiling():
             memo.forget(tensors)  # the weights that eval mode keeps
             self.last_reason = None
-        y = training_forward.train_block(x, self.layers, tensors, self.eps(), self.config, self.memory)
+        y = self._train_step(x, tensors)
         if not torch.compiler.is_compiling():
             self.last_run = memo.last_run(self._training_tensors(tensors))  # fully_shard's weights are gone afterwards
         return y
+
+    def _train_step(self, x: Tensor, tensors: Any) -> Tensor:
+        return training_forward.train_block(x, self.layers, tensors, self.eps(), self.config, self.memory)
 
     def _training_tensors(self, tensors: Any) -> Any:
         return training_forward.without_running_statistics(
@@ -308,7 +312,7 @@ class FusedForward:
 
 
 class FusedLayer(FusedForward):
-    """The same for a dense convolution with its norm and activation: one layer, and a kernel for CPUs only."""
+    """The same for a dense convolution with its norm and activation: one layer, and kernels for CPUs only."""
 
     def __init__(self, structure: LayerStructure, path: str = "") -> None:
         super().__init__(structure, path)
@@ -320,8 +324,13 @@ class FusedLayer(FusedForward):
             return f"no kernel for dense convolutions on device type {x.device.type!r}"
         return reason
 
-    def _training_tensors(self, tensors: Any) -> Any:
-        return tensors
+    def _refused_training(self, x: Tensor) -> str | None:
+        if self.kind == "head" and not is_pointwise(self.layer.conv.weight, self.config):
+            return f"{TRAINING} (a 1x1 convolution with stride or padding)"
+        return super()._refused_training(x)
+
+    def _train_step(self, x: Tensor, tensors: Layer) -> Tensor:
+        return training_forward.train_layer(x, self.layer, tensors, self.eps(), self.config)
 
     def tensors(self) -> Layer:
         return Layer._make(_layer_tensors(self.layer))

@@ -97,8 +97,7 @@ def confirm(structure: SomeStructure) -> SomeStructure:
                     break
             else:
                 found: Any = {"config": config, "eval_only": _looks_at_training(block, inputs[0], outputs[0])}
-                if len(structure.layers) == 3:
-                    found["untrainable"] = _untrainable(norm for _, norm in layers)
+                found["untrainable"] = _untrainable(norm for _, norm in layers)
                 return replace(structure, **found)
     roles = "expand, depthwise, project" if len(structure.layers) == 3 else "convolution, norm, activation"
     raise Refused(

@@ -88,7 +88,7 @@ class LayerStructure:
     drops: tuple[nn.Module, ...]
     config: LayerConfig
     eval_only: bool = False
-    untrainable: str = "batch statistics"
+    untrainable: str = ""
     composition: Composition | None = None  # what calls the two: `block` is then a Sequential of our own
 
     @property

@@ -1,4 +1,4 @@
-"""A block with batch statistics, forward and backward: the chain of phases, and of the arithmetic between them.
+"""A block, or a dense layer, with batch statistics, forward and backward: a chain of phases and arithmetic between.
 
 A phase sweeps over images. Between two phases stands arithmetic on vectors [channels], in float64, where it rounds
 nothing. `backends.train_phases` picks who computes both, `training_reference` says what they compute. With
@@ -18,6 +18,10 @@ v = W1 x is linear in x, so mean, variance and the whole way back follow from su
 
 The first term of gx and T come out of one sweep, before S1 and S2 are known: a second one is saved.
 
+A stem is linear as well, in the windows p that it sees of the picture. All of the above holds with p for x, but for gx,
+and p has few elements: so nothing is kept for the backward. A head keeps z and goes the other way: its Gram matrix is
+so large that the products with it would cost more than those of the convolution itself.
+
 Vectors reach the phases in float32. The rounding of a scale would be the same error at every pixel, and sums over
 pixels, most of all those that should vanish, would show it: so a shift is always computed from the rounded scale.
 """
@@ -30,8 +34,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends import BlockConfig
+from . import backends, reference, training_reference
+from .backends import BlockConfig, LayerConfig
 from .fold import NO_EPS, BlockTensors, Eps, FoldedWeights, Layer, check_shapes, gradient_like
 
 
@@ -61,6 +65,28 @@ class Saved(NamedTuple):
     expand_statistics: Tensor
     depthwise_statistics: Tensor
     project_statistics: Tensor
+    mean_x: Tensor
+    sum_x: Tensor
+    gram: Tensor
+
+
+class SavedLayer(NamedTuple):
+    """The same for a dense layer, whose windows p stand for x: sums over p and p pᵀ, float64 [Cin k k] and its square.
+
+    A 1x1 convolution has z and statistics alone, others all but z.
+    """
+
+    z: Tensor
+    statistics: Tensor
+    mean_x: Tensor
+    sum_x: Tensor
+    gram: Tensor
+
+
+class _Linear(NamedTuple):
+    """Of `Saved`, what belongs to a layer whose statistics follow from its input's."""
+
+    statistics: Tensor
     mean_x: Tensor
     sum_x: Tensor
     gram: Tensor
@@ -176,20 +202,15 @@ def backward(
             if need_below_depthwise:
                 m = c0 = None
                 if expand is not None:
-                    grads[1:5], m, c0 = _expand_backward(phases, expand, eps[0], w1, t, sum_g, saved, step.groups[0], x)
+                    linear = _Linear(saved.expand_statistics, *saved[5:])
+                    sums = _linear_sums(phases, linear, expand, t, sum_g, step.groups[0], x)
+                    *grads[1:5], m, c0 = _linear_backward(phases, linear, expand, eps[0], w1, t, sums, x)
                 plain = m is None and not config.residual  # then g is the gradient of x, but for its dtype
                 if need_x and plain:
                     grads[0] = g
                 elif need_x:
                     grads[0] = phases.train_input_backward(g, x, m, c0, grad if config.residual else None)
-    leaves = (*tensors[:4], *tensors[6:10], *tensors[12:16])
-    return [
-        grads[0],
-        *(
-            gradient_like(leaf, g) if needed and g is not None and leaf is not None else None
-            for g, leaf, needed in zip(grads[1:], leaves, needs[1:], strict=True)
-        ),
-    ]
+    return _for_leaves(grads, (*tensors[:4], *tensors[6:10], *tensors[12:16]), needs)
 
 
 def folded_backward(
@@ -221,26 +242,115 @@ def folded_backward(
     return [grads[i] for i in (0, 1, 2, 5, 6, 9, 10)]
 
 
-def _expand_backward(
+def layer_forward(x: Tensor, layer: Layer, eps: float, config: LayerConfig, group: str) -> tuple[Tensor, SavedLayer]:
+    """A dense convolution, its BatchNorm with the batch's statistics, its activation; and what its backward needs.
+
+    y [N, Cout, Ho, Wo] in x's dtype, channels_last. group: as in `Step`. The running statistics may be None.
+    """
+    phases = backends.train_layer_phases(x, layer)
+    nothing = (x.new_empty(0, dtype=torch.float64) for _ in range(3))
+    if is_pointwise(layer.weight, config):
+        z, *sums = phases.train_pointwise(x, _matrix(layer, x))
+        statistics = phases.train_statistics(*_all_reduce((*sums, _pixels(z)), group))
+        scale, shift = phases.train_norm(*_norm(layer, eps, statistics, x))
+        y = phases.train_finish(z, None, scale, shift, config.activation)
+        return y, SavedLayer(z, statistics, *nothing)
+    kernel_size = layer.weight.shape[-1]
+    sum_x, gram = phases.train_window_gram(x, kernel_size, config.stride, config.padding)
+    sizes = [reference.output_size(size, kernel_size, config.stride, config.padding, 1) for size in x.shape[2:]]
+    sums = _all_reduce((sum_x, gram, _pixels(x, sizes)), group)
+    statistics, mean_x = phases.train_linear_statistics(_matrix(layer, x), *sums)
+    w1, b1 = _folded_linear(phases, layer, eps, statistics, mean_x, x)
+    y = phases.train_window(x, w1, b1, *config)
+    return y, SavedLayer(x.new_empty(0), statistics, mean_x, sum_x, gram)
+
+
+def layer_backward(
+    grad: Tensor,
+    x: Tensor,
+    layer: Layer,
+    eps: float,
+    config: LayerConfig,
+    group: str,
+    saved: SavedLayer,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, weight, bias, gamma and beta, as `backward` gives them: 5, None where `needs` is False."""
+    phases = backends.train_layer_phases(x, layer)
+    grad = _channels_last(grad)
+    need_x, need_weight, *_ = needs
+    norm = _norm(layer, eps, saved.statistics, x)
+    grads: list[Tensor | None] = [None] * 5
+    if is_pointwise(layer.weight, config):
+        scale, shift = phases.train_norm(*norm)
+        sums = phases.train_finish_backward(grad, saved.z, scale, shift, config.activation)
+        *through, grads[2], grads[3], grads[4] = _through(phases, norm, sums, group)
+        if need_x or need_weight:
+            from_z = (grad, saved.z, scale, shift, *through, config.activation)
+            grads[1], grads[0] = phases.train_pointwise_backward(*from_z, x, _matrix(layer, x), (need_weight, need_x))
+    else:
+        linear = _Linear(*saved[1:])
+        w1, b1 = _folded_linear(phases, layer, eps, saved.statistics, saved.mean_x, x)
+        t, sum_g = phases.train_window_backward(grad, x, w1, b1, *config)
+        sums = _linear_sums(phases, linear, layer, t, sum_g, group, x)
+        *grads[1:], _, _ = _linear_backward(phases, linear, layer, eps, w1.flatten(1), t, sums, x)
+        if need_x:
+            a, b, c, *_ = phases.train_norm_backward(norm.statistics, norm.gamma, eps, *sums)
+            weight = _kernel_weight(layer, x)
+            grads[0] = training_reference.window_input_backward(grad, x, weight, w1, b1, a, b, c, *config)
+    return _for_leaves(grads, layer[:4], needs)
+
+
+def is_pointwise(weight: Tensor, config: LayerConfig) -> bool:
+    """Whether a dense convolution's output pixels see one pixel each, and all are seen."""
+    return weight.shape[-1] == 1 and config.stride == 1 and config.padding <= 0
+
+
+def _folded_linear(
+    phases: Any, layer: Layer, eps: float, statistics: Tensor, mean_x: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """w1 [C, Cin, k, k] and b1 [C] of the phases of windows."""
+    w1, b1 = phases.train_fold_expand(_matrix(layer, x), *_norm(layer, eps, statistics, x), mean_x)
+    return w1.view(layer.weight.shape), b1
+
+
+def _linear_sums(
+    phases: Any, linear: _Linear, layer: Layer, t: Tensor, sum_g: Tensor, group: str, x: Tensor
+) -> tuple[Tensor, ...]:
+    """sum_g, sum_gv, all_g, all_gv of a linear layer."""
+    own = (sum_g, phases.train_linear_sums(_matrix(layer, x), t))
+    return *own, *(_all_reduce(own, group) if linear.statistics.dim() == 2 else own)
+
+
+def _linear_backward(
     phases: Any,
-    expand: Layer,
+    linear: _Linear,
+    layer: Layer,
     eps: float,
     w1: Tensor | None,
     t: Tensor,
-    sum_g: Tensor,
-    saved: Saved,
-    group: str,
+    sums: Sequence[Tensor],
     x: Tensor,
-) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+) -> list[Tensor | None]:
     """Gradients of weight, bias, gamma, beta; and m, c0 of `train_input_backward`, None with fixed statistics."""
-    statistics, gamma, _, _ = norm = _norm(expand, eps, saved.expand_statistics, x)
-    weight = _matrix(expand, x)
-    own = (sum_g, phases.train_linear_sums(weight, t))
-    sums = (*own, *(own if norm.fixed else _all_reduce(own, group)))
-    *grads, m, c0 = phases.train_expand_backward(
-        weight, w1, statistics, gamma, eps, t, *sums, saved.sum_x, saved.gram, saved.mean_x
-    )
-    return (grads, None, None) if norm.fixed else (grads, m, c0)
+    statistics, gamma, _, _ = norm = _norm(layer, eps, linear.statistics, x)
+    of_x = (linear.sum_x, linear.gram, linear.mean_x)
+    *grads, m, c0 = phases.train_expand_backward(_matrix(layer, x), w1, statistics, gamma, eps, t, *sums, *of_x)
+    return [*grads, None, None] if norm.fixed else [*grads, m, c0]
+
+
+def _for_leaves(
+    grads: Sequence[Tensor | None], parameters: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of x and of parameters, in the dtype and strides of each; None where `needs` is False."""
+    grad_x, *others = grads
+    return [
+        grad_x if needs[0] else None,
+        *(
+            gradient_like(leaf, g) if needed and g is not None and leaf is not None else None
+            for g, leaf, needed in zip(others, parameters, needs[1:], strict=True)
+        ),
+    ]
 
 
 def _through(phases: Any, norm: _Norm, sums: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
@@ -320,6 +430,7 @@ def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _pixels(image: Tensor) -> Tensor:
-    """Their number, float64 [1]."""
-    return image.new_full((1,), image.shape[0] * image.shape[2] * image.shape[3], dtype=torch.float64)
+def _pixels(images: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """Their number, or that of as many images of another `size`: float64 [1]."""
+    height, width = size or images.shape[2:]
+    return images.new_full((1,), images.shape[0] * height * width, dtype=torch.float64)

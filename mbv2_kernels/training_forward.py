@@ -1,22 +1,22 @@
-"""A fused block with BatchNorms in training mode: what nn.BatchNorm2d does around the arithmetic.
+"""A fused block or layer with BatchNorms in training mode: what nn.BatchNorm2d does around the arithmetic.
 
 Which layers use batch statistics, over which processes, torch's error for a single value a channel, and the running
-statistics. The arithmetic itself is the op `mbv2::train_block`.
+statistics. The arithmetic itself is the op `mbv2::train_block`, or `mbv2::train_layer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import reference
-from ._training_registrations import TrainBlockFunction
-from .backends import BlockConfig
-from .fold import BlockTensors, Eps
+from ._training_registrations import TrainBlockFunction, TrainLayerFunction
+from .backends import BlockConfig, LayerConfig
+from .fold import BlockTensors, Eps, Layer
 
 if TYPE_CHECKING:
     from .recognise import ConvNorm
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: What is kept for backward beside the block's input and its output before the last BatchNorm. "fast": the depthwise
 #: convolution's output too; "lean": nothing, at the price of one more sweep.
 MEMORY = ("fast", "lean")
+
+_Tensors = TypeVar("_Tensors", BlockTensors, Layer)
 
 
 def uses_batch_statistics(norm: nn.Module | None) -> bool:
@@ -42,26 +44,42 @@ def train_block(
     norms = [None if layer is None else layer.norm for layer in layers]
     batch = [uses_batch_statistics(norm) for norm in norms]
     groups = [sync_group(norm) if used else "" for norm, used in zip(norms, batch, strict=True)]
-    _check_values_per_channel(x, tensors, config, batch, groups)
-    plain = type(x) is Tensor and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
-    run = TrainBlockFunction.apply if plain and torch._C._get_tracing_state() is None else torch.ops.mbv2.train_block
+    _check_block(x, tensors, config, batch, groups)
+    run = _apply(TrainBlockFunction, torch.ops.mbv2.train_block, x)
     y, _, _, *statistics = run(
         x, *without_running_statistics(tensors, batch), eps, *config, batch, groups, memory == "fast"
     )
     for i, norm in enumerate(norms):
         if batch[i]:
-            empty = x.shape[0] == 0 and not groups[i]
-            _update_running_statistics(norm, tensors[6 * i + 1], None if empty else statistics[i])
+            _update_running_statistics(norm, tensors[6 * i + 1], x, groups[i], statistics[i])
     return y
 
 
-def without_running_statistics(tensors: BlockTensors, batch: Sequence[bool]) -> BlockTensors:
+def train_layer(x: Tensor, layer: ConvNorm, tensors: Layer, eps: float, config: LayerConfig) -> Tensor:
+    """The same for a dense convolution whose BatchNorm is in training mode."""
+    group = sync_group(layer.norm)
+    channels, kernel_size = tensors.weight.shape[0], tensors.weight.shape[-1]
+    size = [reference.output_size(size, kernel_size, config.stride, config.padding, 1) for size in x.shape[2:]]
+    _check_values_per_channel(x, channels, size, group)
+    run = _apply(TrainLayerFunction, torch.ops.mbv2.train_layer, x)
+    y, _, statistics, *_ = run(x, *tensors[:4], eps, *config, group)
+    _update_running_statistics(layer.norm, tensors.bias, x, group, statistics)
+    return y
+
+
+def _apply(function: type[torch.autograd.Function], op: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """What runs a step on x: the Function spares plain eager tensors the dispatcher's way through autograd."""
+    plain = type(x) is Tensor and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+    return function.apply if plain and torch._C._get_tracing_state() is None else op
+
+
+def without_running_statistics(tensors: _Tensors, batch: Sequence[bool]) -> _Tensors:
     """None for the running statistics that the step does not read: autograd would guard them against their update."""
     kept = list(tensors)
     for i, used in enumerate(batch):
         if used:
             kept[6 * i + 4 : 6 * i + 6] = None, None
-    return BlockTensors._make(kept)
+    return type(tensors)._make(kept)
 
 
 def sync_group(norm: nn.Module | None) -> str:
@@ -72,7 +90,7 @@ def sync_group(norm: nn.Module | None) -> str:
     return group.group_name if dist.get_world_size(group) > 1 else ""
 
 
-def _check_values_per_channel(
+def _check_block(
     x: Tensor, tensors: BlockTensors, config: BlockConfig, batch: Sequence[bool], groups: Sequence[str]
 ) -> None:
     geometry = (tensors.depthwise_weight.shape[-1], config.stride, config.padding, config.dilation)
@@ -80,22 +98,28 @@ def _check_values_per_channel(
     after = [reference.output_size(size, *geometry) for size in before]
     out_channels, hidden_channels = tensors.project_weight.shape[:2]
     layers = ((hidden_channels, before), (hidden_channels, after), (out_channels, after))
-    for used, group, (channels, (height, width)) in zip(batch, groups, layers, strict=True):
-        if used and not group and x.shape[0] * height * width == 1:
-            size = torch.Size([1, channels, 1, 1])
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    for used, group, (channels, size) in zip(batch, groups, layers, strict=True):
+        if used:
+            _check_values_per_channel(x, channels, size, group)
 
 
-def _update_running_statistics(norm: Any, conv_bias: Tensor | None, statistics: Tensor | None) -> None:
+def _check_values_per_channel(x: Tensor, channels: int, size: Sequence[int], group: str) -> None:
+    height, width = size
+    if not group and x.shape[0] * height * width == 1:
+        shape = torch.Size([1, channels, 1, 1])
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+
+
+def _update_running_statistics(norm: Any, conv_bias: Tensor | None, x: Tensor, group: str, statistics: Tensor) -> None:
     """As nn.BatchNorm2d: unbiased variance, momentum, or the cumulative average where momentum is None.
 
-    `statistics` None: an empty batch, which only counts.
+    An empty batch only counts.
     """
     if not norm.track_running_stats:
         return
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
-        if statistics is None:
+        if x.shape[0] == 0 and not group:
             return
         mean, var, pixels = statistics.unbind()
         if conv_bias is not None:

@@ -26,6 +26,12 @@ Activations have x's dtype, so have d, z and gx. Weights, vectors and gradients 
 float64. `d` None means: compute it again from x. All results are dense, images channels_last. What `needs` does not ask
 for comes as an empty tensor [0].
 
+The dense layers around the blocks have phases of their own, whose mathematics stands in `training.py`. A 1x1
+convolution, the head, gives z of x, and then there is `train_finish` and its backward. A convolution of few channels
+that looks at k x k pixels, the stem, is linear in these windows of x [Cin k k], in the order of its weight's elements:
+
+    y = activation(e),  e = w1 * x + b1    w1 [C, Cin, k, k], b1 [C]: with its BatchNorm folded in
+
 Between two phases stands BatchNorm, as arithmetic on vectors, in float64 (below the phases here). A convolution's
 output, without its bias, is called v there:
 
@@ -44,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import _activate, _activation_backward, _convolution_backward, _pads
+from .reference import _activate, _activation_backward, _convolution_backward, _pads, conv_act, padding_amounts
 
 
 class _Config(NamedTuple):
@@ -220,6 +226,80 @@ def train_input_backward(g: Tensor, x: Tensor, m: Tensor | None, c0: Tensor | No
     return _image(gx if gy is None else gx + gy, x.dtype)
 
 
+# ---- Dense layers around the blocks ----------------------------------------------------------------------------------
+
+
+def train_pointwise(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z = w x, w [Cout, Cin]; sums over pixels of z and z² before z is rounded: float64 [Cout]."""
+    z = F.conv2d(_wide(x), w[:, :, None, None])
+    return _image(z, x.dtype), *_sums(z)
+
+
+def train_pointwise_backward(
+    gy: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    activation: str,
+    x: Tensor,
+    w: Tensor,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of w [Cout, Cin] if needs[0], and of x in x's dtype if needs[1]."""
+    need_w, need_x = needs
+    gz = _z_backward(gy, z, scale, shift, a, b, c, activation)
+    gx, gw, _ = _convolution_backward(gz, _wide(x), w[:, :, None, None], (need_x, need_w, False))
+    none = x.new_empty(0)
+    return gw.flatten(1).contiguous() if need_w else none.to(w.dtype), _image(gx, x.dtype) if need_x else none
+
+
+def train_window_gram(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """Sums over all output pixels of the window p and of p pᵀ: float64 [Cin k k] and [Cin k k, Cin k k]."""
+    windows = _windows(x.double(), kernel_size, stride, padding)
+    return windows.sum(0), windows.T @ windows
+
+
+def train_window(x: Tensor, w1: Tensor, b1: Tensor, stride: int, padding: int, activation: str) -> Tensor:
+    """y."""
+    return _image(conv_act(x, w1, b1, stride=stride, padding=padding, activation=activation), x.dtype)
+
+
+def train_window_backward(
+    gy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, stride: int, padding: int, activation: str
+) -> tuple[Tensor, Tensor]:
+    """With g the gradient of e: T, the sum over pixels of g pᵀ [C, Cin k k], and the sum of g, float64 [C]."""
+    g = _window_backward(gy, x, w1, b1, stride, padding, activation)
+    return _rows(g).T @ _windows(_wide(x), w1.shape[-1], stride, padding), _rows(g.double()).sum(0)
+
+
+def window_input_backward(
+    gy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    stride: int,
+    padding: int,
+    activation: str,
+) -> Tensor:
+    """The gradient of x in x's dtype, through gv = a * g + b * v + c, the gradient of v = w * x.
+
+    No phase: this is how every backend computes it. Hardly anybody asks for the gradient of a picture.
+    """
+    left, right, top, bottom = _pads(x, w, stride, padding, 1)
+    padded = F.pad(_wide(x), (left, right, top, bottom))
+    g = _window_backward(gy, x, w1, b1, stride, padding, activation)
+    gv = _affine(g, a, c) + F.conv2d(padded, w, None, stride) * _vector(b, g)
+    gx, _, _ = _convolution_backward(gv, padded, w, (True, False, False), stride)
+    return _image(F.pad(gx, (-left, -right, -top, -bottom)), x.dtype)
+
+
 # ---- BatchNorm, between the phases -----------------------------------------------------------------------------------
 
 
@@ -371,6 +451,20 @@ def _z_backward(
 ) -> Tensor:
     g = _final_backward(gy, z, scale3, shift3, final_activation)
     return _affine(g, a3, c3) + _wide(z) * _vector(b3, g)
+
+
+def _window_backward(
+    gy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, stride: int, padding: int, activation: str
+) -> Tensor:
+    before = conv_act(_wide(x), w1, b1, stride=stride, padding=padding)
+    return _activation_backward(_wide(gy), before, activation)
+
+
+def _windows(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """[N Ho Wo, Cin k k]: what the kernel sees from each output pixel."""
+    rows, columns = (padding_amounts(size, kernel_size, stride, padding, 1) for size in x.shape[2:])
+    windows = F.pad(x, (*columns, *rows)).unfold(2, kernel_size, stride).unfold(3, kernel_size, stride)
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from blocks import BOUNDS, DTYPES, make_weights, relative_error
-from test_train_ops import Case, arguments, mistakes, phases, results
+from test_train_ops import LAYER_CASES, Case, arguments, layer_mistakes, layer_phases, mistakes, phases, results
 from torch import Tensor
 
 from mbv2_kernels import _C, backends, reference, training_reference
@@ -187,7 +187,7 @@ INPUTS = [
     "b3",
     "c3",
 ]
-OUTPUTS = ["d_out", "z_out", "y", "gx", "g_out", "sum", "sum_product", "gram", "gw2", "gwd", "t"]
+OUTPUTS = ["d_out", "z_out", "y", "gh", "gx", "g_out", "sum", "sum_product", "gram", "gw2", "gwd", "t"]
 RETURNED = {
     "train_gram": "sum gram",
     "train_depthwise": "d_out sum sum_product",
@@ -200,8 +200,10 @@ RETURNED = {
 }
 
 
-def emulated_phase(library: ctypes.CDLL, case: Case, name: str, values: tuple[object, ...]) -> list[Tensor]:
-    """What the op `name` returns for `values`, by the emulated tier."""
+def emulated_phase(
+    library: ctypes.CDLL, case: Case, name: str, values: tuple[object, ...], *, gh: bool = False
+) -> list[Tensor]:
+    """What the op `name` returns for `values`, by the emulated tier. gh: gw2 and gh, what a head wants of it."""
     schema = getattr(torch.ops.mbv2, name).default._schema
     given = {argument.name: value for argument, value in zip(schema.arguments, values, strict=True)}
     shapes = results(getattr(training_reference, name), values)
@@ -218,6 +220,9 @@ def emulated_phase(library: ctypes.CDLL, case: Case, name: str, values: tuple[ob
     )
     returned = [torch.full_like(t, torch.nan) for t in shapes]
     targets = dict(zip(RETURNED[name].split(), returned, strict=True))
+    if gh:
+        returned = [targets["gw2"], torch.full_like(x, torch.nan)]
+        targets["gh"] = returned[1]
 
     def pointers(names: list[str], tensors: dict[str, object]) -> ctypes.Array:
         found = (tensors.get(name) for name in names)
@@ -244,6 +249,49 @@ def test_training_phases(library: ctypes.CDLL, case: Case, dtype: torch.dtype) -
     for phase, (name, values) in phases(case, arguments(case, dtype)).items():
         actual = emulated_phase(library, case, name, values)
         assert not mistakes(case, phase, name, values, actual), phase
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("planes", [False, True])
+def test_training_phases_of_stems(library: ctypes.CDLL, planes: bool, dtype: torch.dtype) -> None:
+    for form in ("stem", "stride 1", "kernel 5", "kernel 7, stride 3", "several slots"):
+        case = LAYER_CASES[form]
+        for phase, (name, values) in enumerate(layer_phases(case, dtype, planes=planes).items()):
+            backward = phase == 1
+            gy, x, w1, b1 = values[:4] if backward else (None, values[0], None, None)
+            actual = [torch.full_like(t, torch.nan) for t in results(getattr(training_reference, name), values)]
+            t, sums = actual if backward else (None, actual[0])
+            size = [(n + 2 * case.padding - case.kernel_size) // case.stride + 1 for n in x.shape[2:]]
+            numbers = (
+                *(phase, case.in_channels, case.out_channels, case.kernel_size, case.batch, case.height, case.width),
+                *(*size, case.stride, case.padding, DTYPES.index(dtype), CLAMPS.index(case.activation), *x.stride()),
+            )
+            tensors = (x, gy, w1, b1, sums, None if backward else actual[1], t)
+            pointers = (ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors)
+            library.window((ctypes.c_int64 * len(numbers))(*numbers), *pointers)
+            assert not layer_mistakes(name, values, actual), (form, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_training_phases_of_heads(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """The blocks' phases with x for d: `train_pointwise` of train_ops.cpp."""
+    case = LAYER_CASES["pointwise, several slots"]
+    channels = case.in_channels
+    shape = Case(case.batch, channels, channels, case.out_channels, case.height, case.width, 1, 1, 0, expand=False)
+    shape = shape._replace(activation="none", final_activation=case.activation)
+    identity = (torch.ones(channels), torch.zeros(channels))
+    for name, values in layer_phases(case, dtype).items():
+        wd = torch.ones(channels, 1, 1, 1)
+        if name == "train_pointwise":
+            x, w = values
+            actual = emulated_phase(
+                library, shape, "train_project", (x, x, None, None, wd, *identity, w, 1, 0, 1, "none")
+            )
+        else:
+            *from_z, x, w, needs = values
+            given = (*from_z, x, x, None, None, wd, *identity, w, 1, 0, 1, "none", needs)
+            actual = emulated_phase(library, shape, "train_project_backward", given, gh=True)
+        assert not layer_mistakes(name, values, actual), name
 
 
 @pytest.mark.parametrize(

@@ -351,6 +351,157 @@ def test_what_nobody_needs_is_empty(needs: tuple[bool, bool], expand: bool) -> N
             assert result.numel() == 0 or torch.equal(result, everything[i]), (phase, i)
 
 
+class LayerCase(NamedTuple):
+    """Shapes and settings of a dense layer."""
+
+    in_channels: int = 3
+    out_channels: int = 8
+    kernel_size: int = 3
+    stride: int = 2
+    padding: int = 1
+    activation: str = "relu6"
+    batch: int = 2
+    height: int = 11
+    width: int = 8
+
+    @property
+    def depth(self) -> int:
+        return self.in_channels * self.kernel_size**2
+
+
+def layer_phases(
+    case: LayerCase, dtype: torch.dtype, *, planes: bool = False, integers: bool = False
+) -> dict[str, tuple[Any, ...]]:
+    """The phases of a dense layer, a pointwise one where the kernel's size is 1. planes: x lies channel by channel."""
+
+    def floats(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randint(-2, 3, shape).float() if integers else torch.randn(shape) * scale
+
+    def image(*shape: int) -> Tensor:
+        return floats(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    x = image(case.batch, case.in_channels, case.height, case.width)
+    x = x.contiguous() if planes else x
+    w1 = floats(case.out_channels, case.in_channels, case.kernel_size, case.kernel_size, scale=case.depth**-0.5)
+    vectors = [floats(case.out_channels) for _ in range(5)]
+    geometry = (case.stride, case.padding)
+    y = training_reference.train_window(x.double(), w1.double(), vectors[0].double(), *geometry, case.activation)
+    gy = image(*y.shape)
+    if case.kernel_size == 1:
+        from_z = (gy, image(*y.shape), *vectors, case.activation)
+        return {
+            "train_pointwise": (x, w1.flatten(1)),
+            "train_pointwise_backward": (*from_z, x, w1.flatten(1), (True, True)),
+        }
+    return {
+        "train_window_gram": (x, case.kernel_size, *geometry),
+        "train_window_backward": (gy, x, w1, vectors[0], *geometry, case.activation),
+    }
+
+
+def layer_mistakes(name: str, values: tuple[Any, ...], actual: Sequence[Tensor]) -> list[int]:
+    """Which of a phase's results are further from float64 than the bound.
+
+    A sum's error counts against the values that were added, as it may be near zero.
+    """
+    double_values = double(values)
+    expected = results(getattr(training_reference, name), double_values)
+    magnitudes = [result.norm() for result in expected]
+    if not name.endswith("backward"):
+        squares = expected[-1].diagonal() if name == "train_window_gram" else expected[-1]
+        pixels = (
+            expected[0][:, 0].numel() if name == "train_pointwise" else len(training_reference._windows(*double_values))
+        )
+        magnitudes[-2] = (pixels * squares).sqrt().norm()
+    wrong = []
+    for i, (result, exact, size) in enumerate(zip(actual, expected, magnitudes, strict=True)):
+        assert result.shape == exact.shape, (name, i)
+        if result.numel() and not (result - exact).norm() < bound(name, result.dtype) * size:
+            wrong.append(i)
+    return wrong
+
+
+LAYER_CASES = {
+    "stem": LayerCase(),
+    "odd": LayerCase(height=12, width=9, out_channels=13),
+    "stride 1": LayerCase(stride=1, in_channels=4, out_channels=40),
+    "kernel 5": LayerCase(kernel_size=5, padding=2, in_channels=1, out_channels=17),
+    "kernel 7, stride 3": LayerCase(kernel_size=7, padding=3, stride=3, in_channels=2, activation="relu"),
+    "same padding": LayerCase(padding=-1, height=8),
+    "wide padding": LayerCase(padding=4, activation="none"),
+    "no padding": LayerCase(padding=0, stride=4),
+    "several slots": LayerCase(batch=5, height=61, width=64, out_channels=33),
+    "one pixel": LayerCase(batch=3, height=1, width=1),
+    "pointwise": LayerCase(kernel_size=1, stride=1, padding=0, in_channels=24, out_channels=65),
+    "pointwise, several slots": LayerCase(
+        kernel_size=1, stride=1, padding=0, in_channels=19, out_channels=33, batch=9, height=14, width=15
+    ),
+}
+
+
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tier", TIERS)
+def test_layers_against_float64(tier: str, dtype: torch.dtype, planes: bool) -> None:
+    _C.set_max_isa(tier)
+    for form, case in LAYER_CASES.items():
+        for name, values in layer_phases(case, dtype, planes=planes).items():
+            assert not layer_mistakes(name, values, results(op(name), values)), (form, name)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_layers_with_channels_around_vectors_and_panels(tier: str) -> None:
+    _C.set_max_isa(tier)
+    width = WIDTHS[tier]
+    for channels in {width - 1, width, width + 1, 2 * width + 1, 3 * width, 4 * width + 1}:
+        for case in (
+            LayerCase(out_channels=channels),
+            LayerCase(channels, channels + 1, kernel_size=1, stride=1, padding=0),
+        ):
+            for name, values in layer_phases(case, torch.float32).items():
+                assert not layer_mistakes(name, values, results(op(name), values)), (case, name)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_edges_of_a_layers_clamp(tier: str) -> None:
+    """Integers, as for the blocks: values on 0 and 6, and exact results but for sums that count from a mean."""
+    _C.set_max_isa(tier)
+    for form, case in LAYER_CASES.items():
+        for name, values in layer_phases(case, torch.float32, integers=True).items():
+            expected = results(getattr(training_reference, name), double(values))
+            for i, (result, exact) in enumerate(zip(results(op(name), values), expected, strict=True)):
+                if name != "train_pointwise" or i == 0:
+                    assert torch.equal(result.double(), exact), (form, name, i)
+
+
+def test_layers_empty_needless_and_threads() -> None:
+    """No image gives zeros; what nobody needs is empty; threads change nothing."""
+    for form, case in LAYER_CASES.items():
+        for name, values in layer_phases(case._replace(batch=0), torch.float32).items():
+            expected = results(getattr(training_reference, name), double(values))
+            for result, exact in zip(results(op(name), values), expected, strict=True):
+                assert torch.equal(result.double(), exact), (form, name)
+        for name, values in layer_phases(case, torch.float32).items():
+            torch.set_num_threads(1)
+            alone = results(op(name), values)
+            torch.set_num_threads(3)
+            assert all(map(torch.equal, results(op(name), values), alone)), (form, name)
+            for needs in ((True, False), (False, True)) if name == "train_pointwise_backward" else ():
+                for result, full, need in zip(results(op(name), (*values[:-1], needs)), alone, needs, strict=True):
+                    assert torch.equal(result, full if need else full.new_empty(0)), (form, needs)
+
+
+def test_nan_flows_through_layers() -> None:
+    for case in (LAYER_CASES["odd"], LAYER_CASES["pointwise"]):
+        for name, values in layer_phases(case, torch.float32).items():
+            (x,) = (t for t in values if isinstance(t, Tensor) and t.shape[:2] == (case.batch, case.in_channels))
+            x[0, 0, 4, 4] = torch.nan
+            expected = results(getattr(training_reference, name), double(values))
+            assert any(exact.isnan().any() for exact in expected), name
+            for i, (result, exact) in enumerate(zip(results(op(name), values), expected, strict=True)):
+                assert torch.allclose(result.double(), exact, rtol=1e-5, atol=1e-4, equal_nan=True), (name, i)
+
+
 def test_strides_do_not_matter() -> None:
     """Images in any memory format, and slices; weights and vectors in any strides."""
     case = Case()
@@ -385,12 +536,20 @@ def test_strides_do_not_matter() -> None:
         ),
         ("train_project_backward", 4, torch.zeros(11), r"a3 must be a float32 CPU tensor \[12\], got shape \[11\]"),
         ("train_input_backward", 0, torch.zeros(2, 8, 9, 6), "g must be a float32 CPU tensor of x's shape"),
+        ("train_pointwise", 1, torch.zeros(65, 23), r"w must be a float32 CPU tensor \[65, 24\], got shape \[65, 23\]"),
+        ("train_pointwise_backward", 4, torch.zeros(1), r"a must be a float32 CPU tensor \[65\], got shape \[1\]"),
+        ("train_pointwise_backward", 10, (True,), "Expected bool|needs must have 2 elements"),
+        ("train_window_gram", 1, 32, "the kernel's size must be 1 to 31, got 32"),
+        ("train_window_gram", 1, 21, "is smaller than the kernel with its padding"),
+        ("train_window_backward", 0, torch.zeros(2, 8, 6, 5), r"gy must be \[2, 8, 6, 4\] in x's type"),
+        ("train_window_backward", 2, torch.zeros(8, 2, 3, 3), r"w1 must be a float32 CPU tensor \[8, 3, 3, 3\]"),
+        ("train_window_backward", 3, torch.zeros(7), r"b1 must be a float32 CPU tensor \[8\]"),
     ],
 )
 def test_wrong_arguments(name: str, index: int, value: Any, message: str) -> None:
     case = Case()
-    values = next(
-        values for op_name, values in phases(case, arguments(case, torch.float32)).values() if op_name == name
-    )
+    of_layers = (layer_phases(LAYER_CASES[form], torch.float32).items() for form in ("stem", "pointwise"))
+    calls = (*phases(case, arguments(case, torch.float32)).values(), *(call for calls in of_layers for call in calls))
+    values = next(values for op_name, values in calls if op_name == name)
     with pytest.raises(RuntimeError, match=message):
         op(name)(*values[:index], value, *values[index + 1 :])

@@ -1,4 +1,4 @@
-"""A training step of one fused block against float64 and the unfused block, in every form that a block can have."""
+"""A training step of one fused block, stem or head against float64 and unfused, in every form that it can have."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import relative_error
-from torch import nn
-from training_blocks import Block, check_step, fused, step
+from blocks import GRADIENT_BOUNDS, relative_error
+from torch import Tensor, nn
+from training_blocks import Block, DenseLayer, check_step, fused, step
 
 import mbv2_kernels as mbv2
 from mbv2_kernels import FusedInvertedResidual
@@ -32,6 +32,137 @@ FORMS: dict[str, dict[str, Any]] = {
     "odd_channels": {"in_channels": 5, "hidden": 17, "out_channels": 5},
     "wide": {"in_channels": 24, "hidden": 144, "out_channels": 24},
 }
+
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "stem": {"in_channels": 3},
+    "stem_k5_stride1": {"in_channels": 4, "kernel_size": 5, "stride": 1, "out_channels": 17},
+    "stem_k7_relu": {"in_channels": 1, "kernel_size": 7, "activation": nn.ReLU, "out_channels": 40},
+    "stem_same": {"in_channels": 3, "same": True},
+    "stem_linear": {"in_channels": 2, "activation": nn.Identity, "out_channels": 5},
+    "stem_bias": {"in_channels": 3, "bias": True, "momentum": None},
+    "stem_not_affine": {"in_channels": 3, "affine": False},
+    "head": {"in_channels": 24, "kernel_size": 1, "stride": 1, "out_channels": 72},
+    "head_relu": {"in_channels": 9, "kernel_size": 1, "stride": 1, "out_channels": 33, "activation": nn.ReLU},
+    "head_bias": {"in_channels": 8, "kernel_size": 1, "stride": 1, "bias": True, "momentum": None},
+    "head_not_affine": {"in_channels": 5, "kernel_size": 1, "stride": 1, "affine": False},
+}
+
+
+def layer(form: str) -> DenseLayer:
+    return DenseLayer(**LAYERS[form])
+
+
+@pytest.mark.parametrize("form", LAYERS)
+def test_step_of_a_layer_in_float32(form: str) -> None:
+    check_step(layer(form), 3, LAYERS[form]["in_channels"], 15, 12)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("form", ("stem", "stem_bias", "head", "head_relu"))
+def test_step_of_a_layer_in_16_bits(form: str, dtype: torch.dtype) -> None:
+    check_step(layer(form).to(dtype), 4, LAYERS[form]["in_channels"], 24, 20, dtype=dtype)
+
+
+@pytest.mark.parametrize("form", ("stem", "head"))
+@pytest.mark.parametrize("learned", ("conv", "norm.weight", "norm.bias", "x"))
+def test_partly_frozen_layers(learned: str, form: str) -> None:
+    """What does not require a gradient gets none, not even a picture's is computed; and the rest is as ever."""
+    model = layer(form)
+    x = torch.randn(2, LAYERS[form]["in_channels"], 9, 9)
+    full = step(fused(model), x)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(learned))
+    ours = fused(model)
+    x.requires_grad_(learned == "x")
+    y = ours(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+    gradients = {"x": x.grad, **{name: p.grad for name, p in ours.named_parameters()}}
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, full[name]) if name.startswith(learned) else gradient is None, name
+
+
+def test_what_a_layer_keeps() -> None:
+    """Beside its input and its parameters: a stem nothing of an image's size, a head its output before the norm."""
+    for form, expected in (("stem", 0), ("head", 4 * 2 * 72 * 31 * 30)):
+        ours = fused(layer(form))
+        x = torch.randn(2, LAYERS[form]["in_channels"], 31, 30)
+        images: dict[int, int] = {}
+
+        def pack(t: Tensor, x: Tensor = x, images: dict[int, int] = images) -> Tensor:
+            if t.dim() == 4 and len(t) == len(x) and t.data_ptr() != x.data_ptr():
+                images[t.data_ptr()] = t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            ours(x)
+        assert sum(images.values()) == expected, form
+
+
+@pytest.mark.parametrize("form", ("stem", "stem_k5_stride1", "head"))
+def test_layers_do_not_depend_on_threads(form: str) -> None:
+    model, results = layer(form), []
+    x = torch.randn(5, LAYERS[form]["in_channels"], 56, 50)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(step(fused(model), x))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("form", ("stem", "head"))
+def test_a_layers_batches_of_one_value_and_of_none(form: str) -> None:
+    model, channels = layer(form), LAYERS[form]["in_channels"]
+    x = torch.randn(1, channels, 1, 1)
+    with pytest.raises(ValueError) as theirs:
+        copy.deepcopy(model)(x)
+    with pytest.raises(ValueError) as ours:
+        fused(model)(x)
+    assert str(ours.value) == str(theirs.value) and "more than 1 value per channel" in str(ours.value)
+    empty = torch.empty(0, channels, 9, 9)
+    got, plain = step(fused(model), empty), step(copy.deepcopy(model), empty)
+    for name, expected in plain.items():
+        assert torch.equal(got[name], expected), name
+
+
+def test_smooth_pictures() -> None:
+    """Neighbouring pixels are so alike that what an edge filter sees varies far less than the picture."""
+    model = layer("stem")
+    with torch.no_grad():
+        model.conv.weight -= model.conv.weight.mean((1, 2, 3), keepdim=True)
+    ramp = torch.linspace(-5, 5, 64).expand(4, 3, 64, 64) + 1e-3 * torch.randn(4, 3, 64, 64)
+    inner = ramp[..., 1:-1, 1:-1]  # without padding, whose zeros are an edge
+    model.conv.padding = (0, 0)
+    plain, exact = step(copy.deepcopy(model), inner), step(copy.deepcopy(model).double(), inner.double())
+    got = step(fused(model), inner)
+    for name in ("norm.running_var", "norm.running_mean", "y"):
+        assert relative_error(got[name], exact[name]) < 2 * relative_error(plain[name], exact[name]) + 2e-7, name
+
+
+def test_a_picture_is_read_as_it_lies() -> None:
+    """Planes, pixels, a slice of a larger picture: the same numbers, but for the order in which some are added."""
+    model = layer("stem")
+    x = torch.randn(2, 3, 20, 22)
+    expected = step(fused(model), x)
+    larger = torch.randn(2, 5, 24, 26)
+    larger[:, 1:4, 2:22, 3:25] = x
+    for other in (x.to(memory_format=torch.channels_last), larger[:, 1:4, 2:22, 3:25], x.mT.contiguous().mT):
+        got = step(fused(model), other)
+        for name, tensor in expected.items():
+            bound = GRADIENT_BOUNDS[torch.float32] if tensor.is_floating_point() else 1e-9
+            assert relative_error(got[name], tensor.double()) < bound, name
+
+
+def test_strided_heads_train_in_their_original_modules() -> None:
+    model = fused(layer("head").requires_grad_())
+    model.conv.stride = (2, 2)
+    mbv2.fuse(model)
+    x = torch.randn(2, 24, 9, 9)
+    got, expected = step(model, x), step(mbv2.unfuse(copy.deepcopy(model)), x)
+    (row,) = mbv2.summary(model)
+    assert row.fused and row.backend == "original modules"
+    assert row.reason == "training: original modules (a 1x1 convolution with stride or padding)"
+    assert torch.equal(got["conv.weight"], expected["conv.weight"])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -206,7 +337,7 @@ def test_a_few_optimiser_steps_in_a_small_network() -> None:
     ours, theirs, exact = (torch.tensor(row, dtype=torch.float64) for row in losses)
     assert exact[5] < 0.9 * exact[0]
     assert ((ours - exact).abs() / exact).max() < max(1e-5, 3 * ((theirs - exact).abs() / exact).max())
-    assert {row.backend for row in mbv2.summary(models[0]) if row.kind not in ("stem", "head")} == {"cpu"}
+    assert {row.backend for row in mbv2.summary(models[0]) if row.fused} == {"cpu"}
     for (name, ours), plain, expected in zip(
         models[0].state_dict().items(), models[1].state_dict().values(), models[2].state_dict().values(), strict=True
     ):

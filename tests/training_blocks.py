@@ -1,4 +1,4 @@
-"""A block with every option that training knows, and what one step of it gives, for the tests of training."""
+"""A block and a dense layer with every option that training knows, and what one step of them gives."""
 
 from __future__ import annotations
 
@@ -68,22 +68,66 @@ class Block(nn.Module):
         )
         self.same = same
         self.residual = stride == 1 and in_channels == out_channels and final is nn.Identity
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.uniform_(-0.2, 0.2)
-                module.running_var.uniform_(0.5, 1.5)
-                if module.affine:
-                    nn.init.uniform_(module.weight, 0.5, 2)
-                    nn.init.normal_(module.bias)
+        _randomise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.before(x)
-        if self.same:
-            geometry = (self.depthwise.kernel_size[0], self.depthwise.stride[0], -1, self.depthwise.dilation[0])
-            pads = [p for size in (y.shape[3], y.shape[2]) for p in reference.padding_amounts(size, *geometry)]
-            y = nn.functional.pad(y, pads)
-        y = self.after(self.depthwise(y))
+        y = self.after(self.depthwise(_padded(y, self.depthwise) if self.same else y))
         return x + y if self.residual else y
+
+    def norms_of_kept(self) -> list[nn.Module]:
+        """What normalises the tensors that are kept for backward, or are computed again with the same rounding."""
+        return [self.after[0], self.after[3]]
+
+
+class DenseLayer(nn.Module):
+    """A stem, or with kernel_size 1 a head, written out plainly."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 8,
+        kernel_size: int = 3,
+        *,
+        stride: int = 2,
+        same: bool = False,
+        activation: type[nn.Module] = nn.ReLU6,
+        bias: bool = False,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+    ) -> None:
+        super().__init__()
+        padding = 0 if same else kernel_size // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self.norm = nn.BatchNorm2d(out_channels, momentum=momentum, affine=affine)
+        self.activation = activation()
+        self.same = same
+        _randomise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(self.conv(_padded(x, self.conv) if self.same else x)))
+
+    def norms_of_kept(self) -> list[nn.Module]:
+        return [self.norm] if self.conv.kernel_size == (1, 1) else []
+
+
+Trainable = Block | DenseLayer
+
+
+def _randomise(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 2)
+                nn.init.normal_(module.bias)
+
+
+def _padded(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    geometry = (conv.kernel_size[0], conv.stride[0], reference.SAME, conv.dilation[0])
+    pads = [p for size in (x.shape[3], x.shape[2]) for p in reference.padding_amounts(size, *geometry)]
+    return nn.functional.pad(x, pads)
 
 
 def step(model: nn.Module, x: Tensor, grad: Tensor | None = None) -> dict[str, Tensor]:
@@ -102,8 +146,10 @@ def fused(model: nn.Module, **options: Any) -> nn.Module:
     return mbv2.fuse(copy.deepcopy(model), strict=True, **options)
 
 
-def exact_step(model: Block, x: Tensor) -> tuple[dict[str, Tensor], float]:
+def exact_step(model: Trainable, x: Tensor) -> tuple[dict[str, Tensor], float]:
     """One step in float64 with what x's dtype rounds in d and z, and how near a value came to the edge of a clamp.
+
+    A dense layer that looks at more than one pixel keeps nothing, and rounds nothing but its output.
 
     The two tensors that are kept are rounded after their statistics have been taken, as the kernels do it. This matters
     where a value rounds across the edge of a clamp, which changes gradients by all of itself: with other rules in the
@@ -131,12 +177,12 @@ def exact_step(model: Block, x: Tensor) -> tuple[dict[str, Tensor], float]:
     for module in model.modules():
         if isinstance(module, nn.ReLU6 | nn.ReLU):
             module.register_forward_pre_hook(measure)
-    for norm in (model.after[0], model.after[3]):
+    for norm in model.norms_of_kept():
         norm.register_forward_hook(keep_rounded)
     return step(model, x.double()), min((float(d) for d in distances), default=math.inf)
 
 
-def check_step(model: Block, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+def check_step(model: Trainable, *shape: int, dtype: torch.dtype = torch.float32) -> None:
     """Steps on DRAWS random inputs of this shape, against float64 and unfused.
 
     Each result and each gradient is within its bound, and lean memory gives the same, bit by bit. And the worst result
@@ -166,7 +212,11 @@ def check_step(model: Block, *shape: int, dtype: torch.dtype = torch.float32) ->
 
 
 def worst_errors(
-    model: Block, exact: dict[str, Tensor], got: dict[str, Tensor], plain: dict[str, Tensor], bounds: Sequence[float]
+    model: Trainable,
+    exact: dict[str, Tensor],
+    got: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    bounds: Sequence[float],
 ) -> list[tuple[float, float]]:
     """Of results, and of gradients: the largest error, fused and unfused. Asserts that the fused ones are in `bounds`
     and that dtypes, shapes and counters are the unfused block's."""

@@ -115,6 +115,8 @@ struct TrainPlan;
 struct TrainItem;
 template <class T>
 struct StripProduct;  // train_norm.h
+struct WindowArgs;    // train_window.h
+struct WindowItem;
 
 struct TierKernels {
   int vector;     // floats a vector
@@ -131,6 +133,8 @@ struct TierKernels {
   size_t (*train_scratch_floats)(const TrainArgs&, const TrainLayout&, const TrainPlan&);
   void (*train_work)(const TrainArgs&, const TrainLayout&, const TrainPlan&, const TrainItem&, const float* packed,
                      float* scratch);
+  size_t (*window_scratch_floats)(const WindowArgs&, const ConvLayout&);
+  void (*window_work)(const WindowArgs&, const ConvLayout&, const WindowItem&, float* scratch);
   void (*multiply_doubles)(const StripProduct<double>&);
   void (*multiply_floats)(const StripProduct<float>&);
   // `iterations` times kFmaChains independent multiply-adds a lane; the value returned only keeps them alive

@@ -98,7 +98,7 @@ struct ConvWork {
 
   // `rows` output pixels from the `pixel`-th on; their windows are `left`'s rows. weights: all panels, in `left`'s
   // order.
-  void products(const Rows& left, const float* weights, int64_t pixel, int64_t rows, float* sums) {
+  void products(const Rows& left, const float* weights, int64_t pixel, int64_t rows, float* sums) const {
     const int64_t vectors = l.out_padded / V::width, depth = left.segments * left.depth;
     for (int64_t panel = item.panel_begin; panel < item.panel_end; ++panel) {
       const int64_t v = panel * l.panel, width = min64(l.panel, vectors - v);

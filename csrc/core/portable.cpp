@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "train.h"
 #include "train_norm.h"
+#include "train_window.h"
 
 namespace mbv2 {
 namespace {
@@ -110,12 +111,14 @@ struct V {
 #include "conv_generic.h"
 #include "linear_generic.h"
 #include "train_generic.h"
+#include "train_window_generic.h"
 
 }  // namespace
 
 extern const TierKernels kernels_portable;
-const TierKernels kernels_portable = {
-    V::width,    V::kMaxPanel, scratch_floats,       work,       finish,           conv_scratch_floats, conv_work,
-    linear_work, pool_work,    train_scratch_floats, train_work, multiply<double>, multiply<float>,     fma_chains};
+const TierKernels kernels_portable = {V::width,    V::kMaxPanel,         scratch_floats,  work,
+                                      finish,      conv_scratch_floats,  conv_work,       linear_work,
+                                      pool_work,   train_scratch_floats, train_work,      window_scratch_floats,
+                                      window_work, multiply<double>,     multiply<float>, fma_chains};
 
 }  // namespace mbv2

@@ -11,7 +11,7 @@
 // and backward, where act' and final' are 1 strictly between the bounds of the clamp and 0 elsewhere:
 //
 //   gz = a3 * g3 + b3 * z + c3                   g3 = final' gy
-//   gd = a2 * g2 + b2 * d + c2                   g2 = act' w2^T gz
+//   gd = a2 * g2 + b2 * d + c2                   g2 = act' gh,  gh = w2^T gz
 //   g1 = act' depthwise^T( gd, wd )              no act' without an expand layer
 //   gx = w1^T g1 - m x - c0 (+ gy)
 //
@@ -21,15 +21,16 @@
 //   project              x or d                  z, sum z, z^2
 //   finish               z, x                    y
 //   finish_backward      gy, z                   sum g3, g3 z
-//   project_backward     gy, z, x or d           sum g2, g2 d;  gw2 = gz h^T
+//   project_backward     gy, z, x or d           sum g2, g2 d;  gw2 = gz h^T;  gh
 //   depthwise_backward   gy, z, x, d             g = w1^T g1 (or g1);  sum g1;  gwd = gd x e;  t = g1 x^T
 //   input_backward       g, x, gy                gx
 //
 // The hidden tensors e, h and their gradients exist only as a few rows of one chunk of channels, like in inference; d
-// is kept if the caller wants (d not null), else computed again from x.
+// is kept if the caller wants (d not null), else computed again from x. A lone 1x1 convolution, a head, is project with
+// d = x, of which gh is the gradient then.
 //
-// x, d, z, y, gy and gx are dense channels_last in the storage type, g is dense channels_last fp32. Arithmetic is fp32;
-// sums over pixels are fp32 in short runs and fp64 across them.
+// x, d, z, y, gy, gh and gx are dense channels_last in the storage type, g is dense channels_last fp32. Arithmetic is
+// fp32; sums over pixels are fp32 in short runs and fp64 across them.
 //
 // Results do not depend on the number of threads: the shapes alone say how a call is cut into items, every item has
 // sums of its own, and these are added in fixed order.
@@ -66,7 +67,7 @@ struct TrainArgs {
   const float *scale2, *shift2, *a2, *b2, *c2;
   const float *scale3, *shift3, *a3, *b3, *c3;
 
-  void *d_out, *z_out, *y, *gx;
+  void *d_out, *z_out, *y, *gh, *gx;
   float* g_out;
   double *sum, *sum_product;  // of the first and the second quantity that the table names
   double* gram;

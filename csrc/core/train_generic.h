@@ -911,6 +911,7 @@ struct TrainWork {
             } else {
               const float* gz = scratch + b.gz + at;
               project_transposed(gz, pixel, pixels, panel);
+              if (a.gh) keep_rows<Storage>(scratch + b.gh, pixel, pixels, panel, static_cast<Element*>(a.gh));
               project_backward_sums(pixel, pixels, panel);
               if (item.matrix) add_outer(gz, l.out_padded, out_channels, scratch + b.h, pixels, panel);
             }
@@ -1041,13 +1042,13 @@ struct TrainWork {
     }
   }
 
-  // g1 itself is the result where there is no expand layer.
-  void keep_rows(int64_t pixel, int64_t pixels, const Panel& panel) {
-    for (int64_t v = 0; v < panel.vectors; ++v) {
+  // A panel's pixels from scratch into an image of all hidden channels.
+  template <class To>
+  void keep_rows(const float* from, int64_t pixel, int64_t pixels, const Panel& panel, typename To::Element* image_of) {
+    for (int64_t v = 0; v < panel.vectors; ++v, from += V::width) {
       const int64_t channel = panel.hidden + v * V::width;
-      const Lanes<F32> lanes(hidden_channels - channel);
-      const float* from = scratch + b.g1 + panel.index * panel_size() + v * V::width;
-      float* to = a.g_out + pixel * hidden_channels + channel;
+      const Lanes<To> lanes(hidden_channels - channel);
+      typename To::Element* to = image_of + pixel * hidden_channels + channel;
       for (int64_t p = 0; p < pixels; ++p) lanes.store(to + p * hidden_channels, V::load(from + p * plan.pitch));
     }
   }
@@ -1085,7 +1086,8 @@ struct TrainWork {
             for (int64_t r = row; r < row_end; ++r)
               depthwise_transposed(r, panel, g1 + (r - row) * a.width * plan.pitch);
             if (item.matrix) add_outer(input_row(row), input_pitch(), in_channels, g1, pixels, panel);
-            if (a.g_out && !a.dims.expand) keep_rows(pixel, pixels, panel);
+            // g1 itself is the result where there is no expand layer
+            if (a.g_out && !a.dims.expand) keep_rows<F32>(g1, pixel, pixels, panel, a.g_out);
           });
           expanded = max64(expanded, expand_end);
           made = make;

@@ -10,7 +10,7 @@ Such curves show that a network learns, not that its gradients are exact: with t
 every gradient of a block's input, accuracy (99.16 %) and distance of the curves (0.279, with it 0.283) were within the
 spread. Therefore gradients with the trained weights are compared with float64 as well, block by block.
 
-Under torchrun the processes share every batch (DistributedDataParallel), and the fused blocks their statistics
+Under torchrun the processes share every batch (DistributedDataParallel), and the fused network its statistics
 (SyncBatchNorm).
 """
 
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import FusionRow, fuse, models, summary, unfuse
+from .. import fuse, models, summary, unfuse
 from .inputs import InputError
 from .machine import machine
 from .suite import columns, write_json
@@ -125,13 +125,11 @@ def train(
     model = network(width).to(memory_format=layout)
     wrapped = nn.parallel.DistributedDataParallel(model) if processes > 1 else model
     if way.memory is not None:
-        fuse(model, memory=way.memory)
         if processes > 1:
-            # After DistributedDataParallel, which refuses SyncBatchNorm on CPU; and in the fused blocks alone, as
-            # torch's own does not run there.
-            for row in _blocks(model):
-                nn.SyncBatchNorm.convert_sync_batchnorm(model.get_submodule(row.path))
-            fuse(model, memory=way.memory)
+            # After DistributedDataParallel, which refuses SyncBatchNorm on CPU. Torch's own does not run there, but
+            # every BatchNorm of this network is in a part that is fused.
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        fuse(model, memory=way.memory)
     images, labels = data.train
     epoch_steps = len(images) // batch
     steps = epochs * epoch_steps
@@ -153,7 +151,7 @@ def train(
                 progress(way.name, len(losses), steps)
         seconds = time.perf_counter() - start
         fused = way.memory is not None
-        backends = ", ".join(sorted({row.backend or "-" for row in _blocks(model)})) if fused else "original modules"
+        backends = ", ".join(sorted({row.backend or "-" for row in summary(model)})) if fused else "original modules"
         return Run(way.name, losses, accuracy(model, data), seconds, backends), model
     finally:
         torch.set_num_threads(before)
@@ -172,11 +170,6 @@ def _rate(step: int, epoch_steps: int, steps: int) -> float:
     if step < warm_up:
         return (step + 1) / (warm_up + 1)
     return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
-
-
-def _blocks(model: nn.Module) -> list[FusionRow]:
-    """The rows of fused blocks: stem and head train in their original modules."""
-    return [row for row in summary(model) if row.fused and row.kind not in ("stem", "head")]
 
 
 def accuracy(model: nn.Module, data: Data) -> float:

@@ -4,6 +4,7 @@
 
 #include "train.h"
 #include "train_norm.h"
+#include "train_window.h"
 
 namespace {
 
@@ -68,11 +69,43 @@ extern "C" void train(const int64_t* n, const void* const* in, void* const* out)
   a.d_out = *out++;
   a.z_out = *out++;
   a.y = *out++;
+  a.gh = *out++;
   a.gx = *out++;
   a.g_out = static_cast<float*>(*out++);
   for (double** member : {&a.sum, &a.sum_product, &a.gram}) *member = static_cast<double*>(*out++);
   for (float** member : {&a.gw2, &a.gwd, &a.t}) *member = static_cast<float*>(*out++);
   run_train(a, Tier::avx512, serial(1));
+}
+
+// A phase of a stem's training step. n: as the test lists them. gy, w1, b1, t may be null.
+extern "C" void window(const int64_t* n, const void* x, const void* gy, const float* w1, const float* b1, double* sum,
+                       double* gram, float* t) {
+  using namespace mbv2;
+  WindowArgs w = {};
+  w.phase = static_cast<WindowPhase>(n[0]);
+  ConvArgs& a = w.conv;
+  a.dims = {n[1], n[2], static_cast<int>(n[3])};
+  a.batch = n[4];
+  a.height = n[5];
+  a.width = n[6];
+  a.out_height = n[7];
+  a.out_width = n[8];
+  a.stride = n[9];
+  a.pad_top = a.pad_left = n[10];
+  a.dtype = static_cast<DType>(n[11]);
+  a.activation = kClamps[n[12]];
+  a.x = x;
+  a.x_stride_image = n[13];
+  a.x_stride_channel = n[14];
+  a.x_stride_row = n[15];
+  a.x_stride_pixel = n[16];
+  w.gy = gy;
+  w.w1 = w1;
+  w.b1 = b1;
+  w.sum = sum;
+  w.gram = gram;
+  w.t = t;
+  run_window(w, Tier::avx512, serial(1));
 }
 
 extern "C" void multiply_doubles(const double* a, const double* b, double* out, int64_t rows, int64_t depth) {
