@@ -279,7 +279,8 @@ def call(m: Measurement) -> None:
         features(x)  # packs
         steps = [child.forward.step(x.dtype) for child in features]
         packed, numbers = [weights for weights, _ in steps], [n for _, own in steps for n in own]
-        runs = {"call": lambda: features(x), "op": lambda: torch.ops.mbv2.chain_packed(x, packed, numbers)}
+        chain = torch.ops.mbv2.pack_chain(packed, numbers)
+        runs = {"call": lambda: features(x), "op": lambda: torch.ops.mbv2.chain_packed(x, chain)}
         timings = interleave(runs, seconds=2 * m.seconds)
     finally:
         torch.set_num_threads(before)

@@ -12,6 +12,7 @@
 #include "core/block.h"
 #include "core/pages.h"
 #include "core/scratch.h"
+#include "shortcut.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -94,5 +95,11 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::iterable&>(), py::arg("modules"),
            "modules: (module, plain, forward, children, settings, present, tensors) each; see csrc/watch.h.")
       .def("unchanged", &mbv2::Watch::unchanged, "True if everything still looks the same; False: look closer.");
+  py::class_<mbv2::Shortcut>(m, "Shortcut", "An op's call that was found to be all there is to do, while it is.")
+      .def(py::init<py::object, const py::iterable&, const py::object&, const py::iterable&, const py::iterable&,
+                    py::object>(),
+           py::arg("op"), py::arg("arguments"), py::arg("images"), py::arg("questions"), py::arg("variables"),
+           py::arg("watch"), "See csrc/shortcut.h.")
+      .def("__call__", &mbv2::Shortcut::operator(), py::arg("x"), "op(x, *arguments), or None: look closer.");
   cap_from_environment();
 }

@@ -5,9 +5,16 @@
 
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <optional>
+#include <random>
 #include <sstream>
 #include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "checks.h"
@@ -152,15 +159,15 @@ Tensor with_adjoining_channels(const Tensor& x) {
 struct BlockCall {
   BlockArgs args;
   Tier tier;
+  mbv2::Parallel parallel;
+  mbv2::Plan plan;
 
   Images output(const void* data, ScalarType type) const {
     return dense_images(data, args.batch, args.dims.out_channels, args.out_height, args.out_width, type);
   }
   void run(void* y) {
     args.y = y;
-    const mbv2::Parallel parallel = mbv2::torch_parallel();
-    mbv2::run_block(args, tier, mbv2::make_plan(args, mbv2::packed_layout(args.dims, tier), parallel.threads),
-                    parallel);
+    mbv2::run_block(args, tier, plan, parallel);
     mbv2::count_call(tier);
   }
 };
@@ -168,13 +175,14 @@ struct BlockCall {
 struct ConvCall {
   mbv2::ConvArgs args;
   Tier tier;
+  mbv2::Parallel parallel;
 
   Images output(const void* data, ScalarType type) const {
     return dense_images(data, args.batch, args.dims.out_channels, args.out_height, args.out_width, type);
   }
   void run(void* y) {
     args.y = y;
-    mbv2::run_conv(args, tier, mbv2::torch_parallel());
+    mbv2::run_conv(args, tier, parallel);
     mbv2::count_call(tier);
   }
 };
@@ -223,6 +231,9 @@ BlockCall block_call(const Images& x, const Tensor& packed, const BlockDims& dim
   a.x_stride_row = x.stride_row;
   a.x_stride_pixel = x.stride_pixel;
   a.packed = static_cast<const float*>(packed.const_data_ptr());
+  call.parallel = mbv2::torch_parallel();
+  if (call.output(nullptr, x.type).numel() > 0)
+    call.plan = mbv2::make_plan(a, mbv2::packed_layout(dims, call.tier), call.parallel.threads);
   return call;
 }
 
@@ -314,6 +325,7 @@ ConvCall conv_call(const Images& x, const Tensor& packed, int64_t out_channels, 
   a.x_stride_row = x.stride_row;
   a.x_stride_pixel = x.stride_pixel;
   a.packed = static_cast<const float*>(packed.const_data_ptr());
+  call.parallel = mbv2::torch_parallel();
   return call;
 }
 
@@ -365,8 +377,8 @@ Tensor linear(Tensor x_given, Tensor weight_given, OptionalTensor bias_given) {
 
 // ---- Chains: blocks and convolutions back to back -------------------------------------------------------------------
 
-// One step of a chain in the op's list of numbers. kind: 0 block, 1 convolution, which leaves hidden_channels, expand,
-// dilation, final_activation and residual unread. Activations: 0 none, 1 relu, 2 relu6.
+// One step of a chain in pack_chain's list of numbers. kind: 0 block, 1 convolution, which leaves hidden_channels,
+// expand, dilation, final_activation and residual unread. Activations: 0 none, 1 relu, 2 relu6.
 struct Step {
   int64_t kind, hidden_channels, out_channels, kernel_size, expand, stride, padding, dilation, activation,
       final_activation, residual;
@@ -378,67 +390,197 @@ Clamp clamp_of(int64_t activation) {
   return activation == 0 ? kNoClamp : Clamp{0.0f, activation == 1 ? kInfinity : 6.0f};
 }
 
-// What lies between two steps is in one of two buffers that stay, in turns; if it is large, in memory that is given
-// back: then a batch of images is computed, and an allocation is nothing beside it.
-constexpr int64_t kKeptFloats = 2 << 20;
+// A chain's calls for images of one size, strides and type, and one number of threads: checked and planned, they lack
+// only where the images lie.
+struct ChainCalls {
+  Images x;  // without data
+  int threads;
+  std::vector<std::variant<BlockCall, ConvCall>> calls;
 
-Tensor chain_packed(Tensor x_given, std::vector<Tensor> packed, std::vector<int64_t> steps) {
-  check_tensor("x", x_given, 4);
-  const int64_t count = static_cast<int64_t>(packed.size());
-  check(count >= 1 && static_cast<int64_t>(steps.size()) == count * kStepNumbers, "steps must hold ", kStepNumbers,
-        " numbers for each of ", count, " packed arrays (at least one), got ", steps.size());
-  const ScalarType type = x_given.scalar_type();
-  const bool starts_with_block = steps[0] == 0;
-  const Tensor x = starts_with_block ? with_adjoining_channels(x_given) : x_given;
-  Images images = images_of(x);
-  OptionalTensor held[2];
-  for (int64_t i = 0; i < count; ++i) {
-    Step step;
-    std::memcpy(&step, &steps[static_cast<size_t>(i * kStepNumbers)], sizeof step);
-    const Tensor& weights = packed[static_cast<size_t>(i)];
-    const auto run_step = [&](auto call) -> OptionalTensor {
-      if (i == count - 1) return run_into_tensor(call, type);
-      Images out = call.output(nullptr, type);
-      void* y;
-      if (out.numel() <= kKeptFloats) {
-        y = mbv2::chain_buffer(static_cast<size_t>(i)).reserve(static_cast<size_t>(out.numel()));
-      } else {
-        held[i % 2] = empty_image(out.batch, out.channels, out.height, out.width, type);
-        y = held[i % 2]->mutable_data_ptr();
-      }
-      if (out.numel() > 0) call.run(y);
-      images = call.output(y, type);
-      return std::nullopt;
+  bool fit(const Images& other, int threads_now) const {
+    const auto numbers = [](const Images& i) {
+      return std::tie(i.batch, i.channels, i.height, i.width, i.stride_image, i.stride_channel, i.stride_row,
+                      i.stride_pixel, i.type);
     };
-    OptionalTensor last;
-    if (step.kind == 0) {
+    return threads == threads_now && numbers(x) == numbers(other);
+  }
+  Images output() const {
+    return std::visit([&](const auto& call) { return call.output(nullptr, x.type); }, calls.back());
+  }
+};
+
+// Steps and their packed weights, and the calls that were made last: making them anew, one by one, takes as long as
+// half a block.
+class Chain {
+ public:
+  Chain(std::vector<Tensor> packed, const std::vector<int64_t>& numbers) : packed_(std::move(packed)) {
+    const auto count = static_cast<int64_t>(packed_.size());
+    check(count >= 1 && static_cast<int64_t>(numbers.size()) == count * kStepNumbers, "steps must hold ", kStepNumbers,
+          " numbers for each of ", count, " packed arrays (at least one), got ", numbers.size());
+    steps_.resize(packed_.size());
+    std::memcpy(steps_.data(), numbers.data(), numbers.size() * sizeof(int64_t));
+    for (const Step& step : steps_) {
+      check(step.kind == 0 || step.kind == 1, "steps: a kind must be 0 (block) or 1 (convolution), got ", step.kind);
       check(step.kernel_size >= 1 && step.kernel_size <= mbv2::kMaxKernel, "kernel_size must be 1 to ",
             mbv2::kMaxKernel, ", got ", step.kernel_size);
-      const BlockDims dims{images.channels, step.hidden_channels, step.out_channels, static_cast<int>(step.kernel_size),
-                           step.expand != 0};
-      last = run_step(block_call(images, weights, dims, step.stride, step.padding, step.dilation,
-                                 clamp_of(step.activation), clamp_of(step.final_activation), step.residual != 0));
-    } else {
-      check(step.kind == 1, "steps: a kind must be 0 (block) or 1 (convolution), got ", step.kind);
-      last = run_step(conv_call(images, weights, step.out_channels, step.kernel_size, step.stride, step.padding,
-                                clamp_of(step.activation)));
+      clamp_of(step.activation);
+      clamp_of(step.final_activation);
     }
-    if (last) return *last;
   }
-  throw std::logic_error("mbv2: a chain ends with its last step");
+
+  bool starts_with_block() const { return steps_[0].kind == 0; }
+
+  std::shared_ptr<const ChainCalls> calls(const Images& x) {
+    const auto threads = static_cast<int>(torch::stable::get_num_threads());
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!calls_ || !calls_->fit(x, threads)) calls_ = std::make_shared<const ChainCalls>(new_calls(x, threads));
+    return calls_;
+  }
+
+ private:
+  ChainCalls new_calls(const Images& x, int threads) const {
+    ChainCalls made{x, threads, {}};
+    made.x.data = nullptr;
+    Images images = x;
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      const Step& step = steps_[i];
+      const auto add = [&](auto call) {
+        images = call.output(nullptr, x.type);
+        made.calls.emplace_back(call);
+      };
+      if (step.kind == 0) {
+        const BlockDims dims{images.channels, step.hidden_channels, step.out_channels,
+                             static_cast<int>(step.kernel_size), step.expand != 0};
+        add(block_call(images, packed_[i], dims, step.stride, step.padding, step.dilation, clamp_of(step.activation),
+                       clamp_of(step.final_activation), step.residual != 0));
+      } else {
+        add(conv_call(images, packed_[i], step.out_channels, step.kernel_size, step.stride, step.padding,
+                      clamp_of(step.activation)));
+      }
+    }
+    return made;
+  }
+
+  const std::vector<Tensor> packed_;
+  std::vector<Step> steps_;
+  std::mutex mutex_;
+  std::shared_ptr<const ChainCalls> calls_;
+};
+
+// All chains. A chain passes through the dispatcher as a tensor of one number, which the chain is found by, and lives
+// as long as this tensor. Numbers begin anywhere, so that a tensor of another process finds nothing.
+class Chains {
+ public:
+  Tensor add(std::unique_ptr<Chain> chain) {
+    struct Owner {
+      int64_t shown, number;  // the tensor's element, which anybody may write to, and what it was
+    };
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto owner = std::make_unique<Owner>(Owner{next_, next_});
+    const auto release = [](void* memory) {
+      const std::unique_ptr<Owner> last(static_cast<Owner*>(memory));
+      all().remove(last->number);
+    };
+    Tensor tensor = torch::stable::from_blob(
+        &owner->shown, {1}, {1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Long, release);
+    chains_[next_++] = std::move(chain);
+    owner.release();
+    return tensor;
+  }
+  Chain& find(const Tensor& tensor) {
+    check(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long && tensor.numel() == 1,
+          "chain must be what pack_chain returned, got a tensor of shape ", shape_of(tensor));
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = chains_.find(*static_cast<const int64_t*>(tensor.const_data_ptr()));
+    check(found != chains_.end(), "chain must be what pack_chain returned in this process, and not be gone");
+    return *found->second;
+  }
+
+  // Never destroyed: tensors may be released after the destructors of globals have run.
+  static Chains& all() {
+    static Chains* const chains = new Chains;
+    return *chains;
+  }
+
+ private:
+  void remove(int64_t number) {
+    std::unique_ptr<Chain> removed;  // its tensors are released without the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = chains_.find(number);
+    removed = std::move(found->second);
+    chains_.erase(found);
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::unique_ptr<Chain>> chains_;
+  int64_t next_ = static_cast<int64_t>(std::random_device()()) << 30;
+};
+
+Tensor pack_chain(std::vector<Tensor> packed, std::vector<int64_t> steps) {
+  return Chains::all().add(std::make_unique<Chain>(std::move(packed), steps));
+}
+
+// Where the steps of a chain leave their images: one of two buffers that stay, in turns; if they are large, memory that
+// is given back: then a batch of images is computed, and an allocation is nothing beside it.
+class Between {
+ public:
+  void* reserve(size_t step, const Images& images) {
+    constexpr int64_t kKeptFloats = 2 << 20;
+    if (images.numel() <= kKeptFloats) return mbv2::chain_buffer(step).reserve(static_cast<size_t>(images.numel()));
+    OptionalTensor& held = held_[step % 2];
+    held = empty_image(images.batch, images.channels, images.height, images.width, images.type);
+    return held->mutable_data_ptr();
+  }
+
+ private:
+  OptionalTensor held_[2];
+};
+
+// All steps, the last one into y; null: in between as the others. Returns where that is.
+void* run_chain(const ChainCalls& chain, const void* x, void* y, Between& between) {
+  for (size_t i = 0; i < chain.calls.size(); ++i)
+    x = std::visit(
+        [&](auto call) -> void* {
+          const Images out = call.output(nullptr, chain.x.type);
+          void* to = y && i + 1 == chain.calls.size() ? y : between.reserve(i, out);
+          call.args.x = x;
+          if (out.numel() > 0) call.run(to);
+          return to;
+        },
+        chain.calls[i]);
+  return const_cast<void*>(x);
+}
+
+Tensor for_chain(const Tensor& x, const Chain& chain) {
+  check_tensor("x", x, 4);
+  return chain.starts_with_block() ? with_adjoining_channels(x) : x;
+}
+
+Tensor chain_packed(Tensor x_given, Tensor chain_given) {
+  Chain& chain = Chains::all().find(chain_given);
+  const Tensor x = for_chain(x_given, chain);
+  const auto calls = chain.calls(images_of(x));
+  const Images out = calls->output();
+  Tensor y = empty_image(out.batch, out.channels, out.height, out.width, out.type);
+  Between between;
+  run_chain(*calls, x.const_data_ptr(), y.mutable_data_ptr(), between);
+  return y;
 }
 
 // A whole network: the chain's images, their means over all pixels, and the classifier on these.
-Tensor chain_classify(Tensor x, std::vector<Tensor> packed, std::vector<int64_t> steps, Tensor weight,
-                      OptionalTensor bias) {
-  const Tensor images = chain_packed(x, packed, steps);
+Tensor chain_classify(Tensor x_given, Tensor chain_given, Tensor weight, OptionalTensor bias) {
+  Chain& chain = Chains::all().find(chain_given);
+  const Tensor x = for_chain(x_given, chain);
+  const auto calls = chain.calls(images_of(x));
+  const Images images = calls->output();
+  Between between;
   mbv2::PoolArgs a = {};
-  a.batch = images.size(0);
-  a.channels = images.size(1);
-  a.pixels = images.size(2) * images.size(3);
-  storage_type(images.scalar_type(), &a.dtype);
-  Tensor means = mbv2::empty({a.batch, a.channels}, {a.channels, 1}, images.scalar_type());
-  a.x = images.const_data_ptr();
+  a.batch = images.batch;
+  a.channels = images.channels;
+  a.pixels = images.height * images.width;
+  storage_type(images.type, &a.dtype);
+  Tensor means = mbv2::empty({a.batch, a.channels}, {a.channels, 1}, images.type);
+  a.x = run_chain(*calls, x.const_data_ptr(), nullptr, between);
   a.y = means.mutable_data_ptr();
   mbv2::tier_kernels(mbv2::active_tier())->pool_work(a);
   return linear(means, weight, bias);
@@ -464,8 +606,9 @@ STABLE_TORCH_LIBRARY(mbv2, m) {
       "conv_act_packed(Tensor x, Tensor packed, int out_channels, int kernel_size, int stride, int padding, "
       "str activation) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("chain_packed(Tensor x, Tensor[] packed, int[] steps) -> Tensor");
-  m.def("chain_classify(Tensor x, Tensor[] packed, int[] steps, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("pack_chain(Tensor[] packed, int[] steps) -> Tensor");
+  m.def("chain_packed(Tensor x, Tensor chain) -> Tensor");
+  m.def("chain_classify(Tensor x, Tensor chain, Tensor weight, Tensor? bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
@@ -476,6 +619,7 @@ STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
   m.impl("pack_conv", TORCH_BOX(&pack_conv));
   m.impl("conv_act_packed", TORCH_BOX(&conv_act_packed));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("pack_chain", TORCH_BOX(&pack_chain));
   m.impl("chain_packed", TORCH_BOX(&chain_packed));
   m.impl("chain_classify", TORCH_BOX(&chain_classify));
 }

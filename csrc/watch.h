@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -29,6 +30,12 @@ inline uint64_t dict_version(PyObject* dict) {
 #endif
 }
 
+inline PyObject* find(PyObject* dict, const py::object& key) {  // borrowed; null if it is not there
+  PyObject* value = PyDict_GetItemWithError(dict, key.ptr());
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
 // DLPack's way to look at a tensor from C, which costs a tenth of reading its attributes in Python. As in dlpack.h 1.3
 // (https://github.com/dmlc/dlpack): the first fields of the table behind `torch.Tensor.__dlpack_c_exchange_api__`.
 struct DlpackTensor {
@@ -40,12 +47,27 @@ struct DlpackTensor {
   int64_t *shape, *strides;
   uint64_t byte_offset;
 };
+inline uint64_t type_of(const DlpackTensor& tensor) {  // device type and dtype
+  return static_cast<uint64_t>(static_cast<uint32_t>(tensor.device[0])) << 32 | tensor.code << 24 | tensor.bits << 16 |
+         tensor.lanes;
+}
 struct DlpackApi {
   uint32_t major, minor;
   DlpackApi* previous;
   void (*unused[3])();
   int (*look)(void* tensor, DlpackTensor* result);  // 0, or -1 with a Python exception set
 };
+
+// Raises std::runtime_error if tensors of this type have no such table.
+inline const DlpackApi* dlpack_api(const py::object& type) {
+  constexpr const char* kName = "__dlpack_c_exchange_api__";
+  if (!py::hasattr(type, kName)) throw std::runtime_error("this torch has no DLPack interface for C");
+  const py::object capsule = type.attr(kName);
+  const auto* api = static_cast<const DlpackApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  if (api->major != 1 || !api->look) throw std::runtime_error("this torch has another DLPack interface for C");
+  return api;
+}
 
 // Modules are referred to weakly: they own the object that owns this one, and Python's garbage collector does not see
 // into it. Tensors are held: they own no modules.
@@ -57,81 +79,108 @@ class Watch {
   //   settings: (name, value) pairs among its attributes
   //   present: names of buffers that are not None
   //   tensors: (store, name) each, store "_parameters" or "_buffers": the tensor there, or None, has to stay the same,
-  //     in its version, at its address, with its shape and strides
+  //     in its version, at its address, with its dtype, shape and strides
   // Raises std::runtime_error for tensors that cannot be watched: those made in inference mode have no version, and a
   // torch without this DLPack interface cannot tell an address fast.
   explicit Watch(const py::iterable& modules) {
     for (const py::handle entry : modules) {
       const auto fields = py::cast<py::tuple>(entry);
+      Description& described = descriptions_.emplace_back();
+      described.module = py::weakref(fields[0]);
+      described.forward = weak(fields[2]);
       Seen seen;
-      seen.module = py::weakref(fields[0]);
+      seen.module = described.module.ptr();
       seen.plain = py::cast<bool>(fields[1]);
-      seen.forward = weak(fields[2]);
       if (!fields[2].is_none()) {
-        seen.type = py::type::of(fields[0]);
-        seen.call = get(seen.type, call_);
+        described.type = py::type::of(fields[0]);
+        described.call = described.type.attr(call_);
       }
       for (const py::handle child : fields[3]) {
         const auto pair = py::cast<py::tuple>(child);
-        seen.children.emplace_back(pair[0], weak(pair[1]));
+        described.children.emplace_back(pair[0], weak(pair[1]));
       }
       for (const py::handle setting : fields[4]) {
         const auto pair = py::cast<py::tuple>(setting);
-        seen.settings.emplace_back(pair[0], pair[1]);
+        described.settings.emplace_back(pair[0], pair[1]);
       }
-      for (const py::handle name : fields[5]) seen.present.emplace_back(py::reinterpret_borrow<py::object>(name));
-      for (const py::handle described : fields[6]) {
-        const auto where = py::cast<py::tuple>(described);
+      for (const py::handle name : fields[5]) described.present.emplace_back(py::reinterpret_borrow<py::object>(name));
+      for (const py::handle place : fields[6]) {
+        const auto where = py::cast<py::tuple>(place);
         const py::object store = where[0], tensor = fields[0].attr(store)[where[1]];
-        SeenTensor& last = seen.tensors.emplace_back();
-        last.buffer = store.equal(buffers_);
-        last.name = where[1];
-        last.tensor = tensor;
-        if (tensor.is_none()) continue;
-        last.getter = version_getter(tensor);
-        last.version = version_of(last);
-        last.api = dlpack_api(tensor);
-        const DlpackTensor now = look(last);
-        if (now.dims == 0) last.api = nullptr;  // a BatchNorm's count of batches, which nobody reads here
-        last.data = now.data;
-        last.geometry.assign(now.shape, now.shape + now.dims);
-        last.geometry.insert(last.geometry.end(), now.strides, now.strides + now.dims);
+        described.tensors.push_back({store.equal(buffers_), where[1], tensor});
+        if (!tensor.is_none()) add_tensor(tensor);
       }
-      seen_.push_back(std::move(seen));
+      seen.tensors_end = tensors_.size();
+      seen_.push_back(seen);
     }
   }
 
   // True if nothing has changed. False says "look closer": something has, or is stored in an unusual way.
   bool unchanged() {
-    for (Seen& seen : seen_)
-      if (!same(seen)) return false;
+    size_t fetched = 0, tensor = 0;
+    const int64_t* geometry = geometry_.data();
+    for (size_t i = 0; i < seen_.size(); ++i) {
+      if (!lines_.empty()) {
+        const size_t ahead = seen_[std::min(i + kAhead, seen_.size() - 1)].lines_end;
+        for (; fetched < ahead; ++fetched) __builtin_prefetch(lines_[fetched]);
+      }
+      if (!same(seen_[i], descriptions_[i])) return false;
+      for (; tensor < seen_[i].tensors_end; ++tensor)
+        if (!same(tensors_[tensor], &geometry)) return false;
+    }
+    if (lines_.empty()) find_lines();
     return true;
   }
 
  private:
   using Pairs = std::vector<std::pair<py::object, py::object>>;
-  struct SeenTensor {
-    bool buffer = false;
-    py::object name, tensor;
-    const PyGetSetDef* getter = nullptr;
-    const DlpackApi* api = nullptr;
-    uint64_t version = 0;
-    const void* data = nullptr;
-    std::vector<int64_t> geometry;
+  struct Place {
+    bool buffer;
+    py::object name, tensor;  // the tensor held here is borrowed elsewhere
   };
-  struct Seen {
-    py::object module;
-    bool plain = false;
-    py::object forward, type, call;
+  // What a module has to be, read again where a dict's version has changed.
+  struct Description {
+    py::object module, forward, type, call;
     Pairs children, settings;
     std::vector<py::object> present;
-    std::vector<SeenTensor> tensors;
+    std::vector<Place> tensors;
+  };
+  // What is read in every look is packed into few cache lines: after a network has run none of it is in L2.
+  struct SeenTensor {
+    PyObject* tensor;
+    const PyGetSetDef* version_getter;
+    uint64_t version;
+    const DlpackApi* api;  // null for a BatchNorm's count of batches, whose memory nobody reads here
+    const void* data;
+    uint64_t type;
+    size_t dims;  // `geometry_` has twice as many numbers of it
+  };
+  struct Seen {
+    PyObject* module = nullptr;
+    bool plain = false;
     // The dicts of the module, borrowed from it, and their versions when all in them was last found the same.
     PyObject *hooks[4] = {}, *modules = nullptr, *parameters = nullptr, *buffers = nullptr;
     uint64_t attributes_version = 0, modules_version = 0, parameters_version = 0, buffers_version = 0;
+    size_t tensors_end = 0, lines_end = 0;
   };
 
-  bool same(Seen& seen) {
+  // Modules whose lines are fetched ahead of the one that is looked at.
+  static constexpr size_t kAhead = 6;
+
+  void add_tensor(const py::object& tensor) {
+    SeenTensor seen = {tensor.ptr(), version_getter(tensor), 0, dlpack_api(py::type::of(tensor)), nullptr, 0, 0};
+    seen.version = version_of(seen);
+    const DlpackTensor now = look(seen);
+    seen.data = now.data;
+    seen.type = type_of(now);
+    seen.dims = static_cast<size_t>(now.dims);
+    if (now.dims == 0) seen.api = nullptr;
+    geometry_.insert(geometry_.end(), now.shape, now.shape + now.dims);
+    geometry_.insert(geometry_.end(), now.strides, now.strides + now.dims);
+    tensors_.push_back(seen);
+  }
+
+  bool same(Seen& seen, const Description& described) {
     const py::object module = target(seen.module);
     if (module.is_none()) return false;
     const py::object attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
@@ -139,20 +188,20 @@ class Watch {
     if (!PyDict_Check(attributes.ptr())) return false;
     const uint64_t version = dict_version(attributes.ptr());
     if (version == 0 || version != seen.attributes_version) {
-      if (!same_attributes(seen, attributes.ptr())) return false;
+      if (!same_attributes(seen, described, attributes.ptr())) return false;
       seen.attributes_version = version;
       seen.modules_version = seen.parameters_version = seen.buffers_version = 0;
     }
     if (seen.plain)
       for (PyObject* hooks : seen.hooks)
         if (PyDict_GET_SIZE(hooks) != 0) return false;
-    if (seen.type && (Py_TYPE(module.ptr()) != reinterpret_cast<PyTypeObject*>(seen.type.ptr()) ||
-                      !get(seen.type, call_).is(seen.call)))
+    if (described.type && (Py_TYPE(module.ptr()) != reinterpret_cast<PyTypeObject*>(described.type.ptr()) ||
+                           !py::object(described.type.attr(call_)).is(described.call)))
       return false;
-    return same_children(seen) && same_tensors(seen);
+    return same_children(seen, described) && same_places(seen, described);
   }
 
-  bool same_attributes(Seen& seen, PyObject* attributes) {
+  bool same_attributes(Seen& seen, const Description& described, PyObject* attributes) const {
     if (seen.plain) {
       for (int i = 0; i < 4; ++i) {
         seen.hooks[i] = find_dict(attributes, hooks_[i]);
@@ -160,10 +209,10 @@ class Watch {
       }
       PyObject* forward = find(attributes, forward_);
       PyObject* compiled = find(attributes, compiled_call_);
-      const py::object expected = target(seen.forward);
+      const py::object expected = target(described.forward.ptr());
       if ((forward ? forward : Py_None) != expected.ptr() || (compiled && compiled != Py_None)) return false;
     }
-    for (const auto& setting : seen.settings) {
+    for (const auto& setting : described.settings) {
       PyObject* value = find(attributes, setting.first);
       if (!value) return false;
       const int equal = PyObject_RichCompareBool(value, setting.second.ptr(), Py_EQ);
@@ -176,34 +225,77 @@ class Watch {
     return seen.modules && seen.parameters && seen.buffers;
   }
 
-  bool same_children(Seen& seen) const {
-    if (seen.children.empty()) return true;
+  static bool same_children(Seen& seen, const Description& described) {
+    if (described.children.empty()) return true;
     const uint64_t version = dict_version(seen.modules);
     if (version != 0 && version == seen.modules_version) return true;
-    if (PyDict_GET_SIZE(seen.modules) != static_cast<Py_ssize_t>(seen.children.size())) return false;
-    for (const auto& child : seen.children)
-      if (find(seen.modules, child.first) != target(child.second).ptr()) return false;
+    if (PyDict_GET_SIZE(seen.modules) != static_cast<Py_ssize_t>(described.children.size())) return false;
+    for (const auto& child : described.children)
+      if (find(seen.modules, child.first) != target(child.second.ptr()).ptr()) return false;
     seen.modules_version = version;
     return true;
   }
 
-  bool same_tensors(Seen& seen) const {
-    if (seen.present.empty() && seen.tensors.empty()) return true;
+  // Whether the tensors are still where they were.
+  static bool same_places(Seen& seen, const Description& described) {
+    if (described.present.empty() && described.tensors.empty()) return true;
     const uint64_t parameters = dict_version(seen.parameters), buffers = dict_version(seen.buffers);
-    const bool look = parameters == 0 || parameters != seen.parameters_version || buffers != seen.buffers_version;
-    if (look) {
-      for (const py::object& name : seen.present) {
-        PyObject* value = find(seen.buffers, name);
-        if (!value || value == Py_None) return false;
-      }
-      for (const SeenTensor& last : seen.tensors)
-        if (find(last.buffer ? seen.buffers : seen.parameters, last.name) != last.tensor.ptr()) return false;
-      seen.parameters_version = parameters;
-      seen.buffers_version = buffers;
+    if (parameters != 0 && parameters == seen.parameters_version && buffers == seen.buffers_version) return true;
+    for (const py::object& name : described.present) {
+      PyObject* value = find(seen.buffers, name);
+      if (!value || value == Py_None) return false;
     }
-    for (const SeenTensor& last : seen.tensors)
-      if (last.getter && (version_of(last) != last.version || (last.api && !same_memory(last)))) return false;
+    for (const Place& place : described.tensors)
+      if (find(place.buffer ? seen.buffers : seen.parameters, place.name) != place.tensor.ptr()) return false;
+    seen.parameters_version = parameters;
+    seen.buffers_version = buffers;
     return true;
+  }
+
+  static bool same(const SeenTensor& seen, const int64_t** geometry) {
+    const int64_t* last = *geometry;
+    *geometry += 2 * seen.dims;
+    if (version_of(seen) != seen.version) return false;
+    if (!seen.api) return true;
+    const DlpackTensor now = look(seen);
+    return now.data == seen.data && type_of(now) == seen.type && static_cast<size_t>(now.dims) == seen.dims &&
+           std::equal(now.shape, now.shape + seen.dims, last) &&
+           std::equal(now.strides, now.strides + seen.dims, last + seen.dims);
+  }
+
+  // Where `unchanged` reads, as far as one can tell; an address that is wrong or out of date costs time and nothing
+  // else. The words at a tensor's beginning are what it refers to: its memory's description, its count of versions.
+  void find_lines() {
+    size_t tensor = 0;
+    for (size_t i = 0; i < seen_.size(); ++i) {
+      Seen& seen = seen_[i];
+      const py::object module = target(seen.module);
+      add_line(seen.module, 0);
+      add_line(module.ptr(), -24);
+      add_line(module.ptr(), 0);
+      const py::object attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
+      for (PyObject* dict : {attributes.ptr(), seen.modules, seen.parameters, seen.buffers}) add_line(dict, 24);
+      if (seen.plain)
+        for (PyObject* hooks : seen.hooks) add_line(hooks, 16);
+      for (; tensor < seen.tensors_end; ++tensor) {
+        PyObject* object = tensors_[tensor].tensor;
+        add_line(object, 8);
+        const auto address = py::reinterpret_borrow<py::object>(object).attr("_cdata");
+        const char* words = static_cast<const char*>(PyLong_AsVoidPtr(address.ptr()));
+        for (int line = 0; line < 3; ++line) add_line(words, 64 * line);
+        for (size_t word = 1; word < 8; ++word) {
+          const char* referred;
+          std::memcpy(&referred, words + word * sizeof referred, sizeof referred);
+          add_line(referred, 16);
+        }
+      }
+      seen.lines_end = lines_.size();
+    }
+  }
+  void add_line(const void* from, std::ptrdiff_t offset) {
+    if (reinterpret_cast<uintptr_t>(from) < 65536) return;
+    const char* line = reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(from) + offset) / 64 * 64);
+    if (lines_.empty() || lines_.back() != line) lines_.push_back(line);
   }
 
   static py::object weak(const py::handle object) {
@@ -211,21 +303,15 @@ class Watch {
   }
 
   // What a weak reference refers to; None if that is gone, or for None itself.
-  static py::object target(const py::object& reference) {
-    if (reference.is_none()) return reference;
+  static py::object target(PyObject* reference) {
+    if (reference == Py_None) return py::none();
 #if PY_VERSION_HEX >= 0x030D0000
     PyObject* object = nullptr;
-    if (PyWeakref_GetRef(reference.ptr(), &object) < 0) throw py::error_already_set();
+    if (PyWeakref_GetRef(reference, &object) < 0) throw py::error_already_set();
     return object ? py::reinterpret_steal<py::object>(object) : py::none();
 #else
-    return py::reinterpret_borrow<py::object>(PyWeakref_GetObject(reference.ptr()));
+    return py::reinterpret_borrow<py::object>(PyWeakref_GetObject(reference));
 #endif
-  }
-
-  static PyObject* find(PyObject* dict, const py::object& key) {  // borrowed; null if it is not there
-    PyObject* value = PyDict_GetItemWithError(dict, key.ptr());
-    if (!value && PyErr_Occurred()) throw py::error_already_set();
-    return value;
   }
 
   static PyObject* find_dict(PyObject* dict, const py::object& key) {
@@ -235,38 +321,22 @@ class Watch {
 
   // torch's own getter of `_version`, called past the lookup of the attribute, which takes half as long again.
   const PyGetSetDef* version_getter(const py::object& tensor) const {
-    const py::object found = get(py::type::of(tensor), version_);
+    const py::object found = py::type::of(tensor).attr(version_);
     if (Py_TYPE(found.ptr()) != &PyGetSetDescr_Type || !PyObject_TypeCheck(tensor.ptr(), PyDescr_TYPE(found.ptr())))
       throw std::runtime_error("a tensor with a version of its own kind");
     return reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;  // static, as C classes' tables are
   }
   static uint64_t version_of(const SeenTensor& seen) {
-    const auto value = py::reinterpret_steal<py::object>(seen.getter->get(seen.tensor.ptr(), seen.getter->closure));
+    const auto value =
+        py::reinterpret_steal<py::object>(seen.version_getter->get(seen.tensor, seen.version_getter->closure));
     if (!value) throw py::error_already_set();
     return PyLong_AsUnsignedLongLong(value.ptr());
   }
-  const DlpackApi* dlpack_api(const py::object& tensor) const {
-    const py::object type = py::type::of(tensor);
-    if (!py::hasattr(type, dlpack_)) throw std::runtime_error("this torch has no DLPack interface for C");
-    const auto* api =
-        static_cast<const DlpackApi*>(PyCapsule_GetPointer(get(type, dlpack_).ptr(), "dlpack_exchange_api"));
-    if (!api) throw py::error_already_set();
-    if (api->major != 1 || !api->look) throw std::runtime_error("this torch has another DLPack interface for C");
-    return api;
-  }
   static DlpackTensor look(const SeenTensor& seen) {
     DlpackTensor now;
-    if (seen.api->look(seen.tensor.ptr(), &now) != 0) throw py::error_already_set();
+    if (seen.api->look(seen.tensor, &now) != 0) throw py::error_already_set();
     return now;
   }
-  static bool same_memory(const SeenTensor& seen) {
-    const DlpackTensor now = look(seen);
-    const auto dims = static_cast<size_t>(now.dims);
-    const int64_t* last = seen.geometry.data();
-    return now.data == seen.data && 2 * dims == seen.geometry.size() && std::equal(now.shape, now.shape + dims, last) &&
-           std::equal(now.strides, now.strides + dims, last + dims);
-  }
-  static py::object get(const py::object& object, const py::object& attribute) { return object.attr(attribute); }
 
   static py::object interned(const char* text) {
     return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text));
@@ -275,9 +345,12 @@ class Watch {
                                 interned("_backward_pre_hooks")};
   const py::object forward_ = interned("forward"), compiled_call_ = interned("_compiled_call_impl"),
                    call_ = interned("__call__"), modules_ = interned("_modules"), parameters_ = interned("_parameters"),
-                   buffers_ = interned("_buffers"), version_ = interned("_version"),
-                   dlpack_ = interned("__dlpack_c_exchange_api__");
+                   buffers_ = interned("_buffers"), version_ = interned("_version");
+  std::vector<Description> descriptions_;  // of the modules in `seen_`
   std::vector<Seen> seen_;
+  std::vector<SeenTensor> tensors_;
+  std::vector<int64_t> geometry_;  // of the tensors: shape and strides
+  std::vector<const char*> lines_;
 };
 
 }  // namespace mbv2

@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
 class Tier(TypedDict):
@@ -22,3 +22,15 @@ def fma_peak(tier: str, seconds: float = 0.1) -> float: ...
 class Watch:
     def __init__(self, modules: Iterable[tuple[Any, ...]]) -> None: ...
     def unchanged(self) -> bool: ...
+
+class Shortcut:
+    def __init__(
+        self,
+        op: Callable[..., Any],
+        arguments: Iterable[Any],
+        images: Any,
+        questions: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]],
+        variables: Iterable[tuple[dict[str, Any], str, Any]],
+        watch: Watch,
+    ) -> None: ...
+    def __call__(self, x: Any) -> Any: ...

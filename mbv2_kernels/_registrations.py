@@ -2,9 +2,9 @@
 
 C++ (csrc/ops.cpp, CPU): `inverted_residual`, `pack_inverted_residual`, `inverted_residual_packed`; for the dense layers
 around the blocks `conv_act`, `pack_conv`, `conv_act_packed` and `linear`; for runs of blocks and convolutions
-`chain_packed` and, with mean and classifier behind them, `chain_classify`. Defined here: `inverted_residual_bn` and
-`conv_bn_act`, the same with their BatchNorms unfolded, and `inverted_residual_backward`. The packed ops, chains,
-`conv_act` and `linear` are for inference: they have no gradient.
+`pack_chain`, `chain_packed` and, with mean and classifier behind them, `chain_classify`. Defined here:
+`inverted_residual_bn` and `conv_bn_act`, the same with their BatchNorms unfolded, and `inverted_residual_backward`. The
+packed ops, chains, `conv_act` and `linear` are for inference: they have no gradient.
 
 What torch.compile looks through (the backward formulas) is made of plain operations around opaque ops.
 """
@@ -140,18 +140,20 @@ def _(
     return _fake_conv(x, out_channels, kernel_size, stride, padding)
 
 
+@torch.library.register_fake("mbv2::pack_chain", lib=_LIBRARY)
+def _(packed: Sequence[Tensor], steps: Sequence[int]) -> Tensor:
+    return packed[0].new_empty(1, dtype=torch.int64)
+
+
 @torch.library.register_fake("mbv2::chain_packed", lib=_LIBRARY)
-def _(x: Tensor, packed: Sequence[Tensor], steps: Sequence[int]) -> Tensor:
-    numbers = len(steps) // len(packed)
-    for i in range(0, len(steps), numbers):
-        _, _, out_channels, kernel_size, _, stride, padding, dilation, *_ = steps[i : i + numbers]
-        config = BlockConfig(stride, padding, dilation, "none", "none", False)
-        x = _fake_output(x, out_channels, kernel_size, config)
-    return x
+def _(x: Tensor, chain: Tensor) -> Tensor:
+    # What the chain computes is not written in `chain`.
+    sizes = [torch.library.get_ctx().new_dynamic_size() for _ in range(3)]
+    return torch.empty((x.shape[0], *sizes), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("mbv2::chain_classify", lib=_LIBRARY)
-def _(x: Tensor, packed: Sequence[Tensor], steps: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, chain: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 

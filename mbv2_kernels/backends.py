@@ -107,6 +107,7 @@ def set_backend(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     _backend = name
+    memo.epoch = object()  # so that what was planned is asked anew
 
 
 def get_backend() -> str:

@@ -12,22 +12,22 @@ The answers are kept as a `Plan` until one could be another: asking costs more t
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import _C
-from .backends import KERNEL_DTYPES, get_backend
 from .composition import METHOD
 from .fold import memo
-from .fused_forward import FusedForward, FusedPair, Look, watch
+from .fused_forward import FusedForward, FusedPair
+from .shortcut import UNPLANNED, Look, is_image, is_quiet, shortcut, watch
 
+_PACK = torch.ops.mbv2.pack_chain.default
 _RUN = torch.ops.mbv2.chain_packed.default
 
 
@@ -37,9 +37,10 @@ class FusedChain:
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.plan: Plan | None = None
+        self.shortcut: _C.Shortcut | None = None  # if the plan comes down to one call of an op
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "plan": None}  # of the modules of one process; made anew when needed
+        return {**vars(self), "plan": None, "shortcut": None}  # of the modules of one process; made anew when needed
 
     @property
     def __code__(self) -> Any:
@@ -47,11 +48,21 @@ class FusedChain:
         return type(self.block).forward.__code__
 
     def __call__(self, x: Any) -> Any:
-        if torch.compiler.is_compiling() or not _runs_chains(x):
+        if torch.compiler.is_compiling():
+            return self.one_by_one(x)
+        if self.shortcut is not None:
+            y = self.shortcut(x)
+            if y is not None:
+                return y
+        return self.closely(x)
+
+    def closely(self, x: Any) -> Any:
+        """`block` on x, whatever has changed."""
+        if UNPLANNED or not is_quiet(x):
             return self.one_by_one(x)
         plan = self.plan
         if plan is None or not plan.holds(x.dtype):
-            plan = self.plan = None
+            plan = self.plan = self.shortcut = None
             if not self.is_overridden():
                 plan = self._plan_anew(x.dtype)
         return self.one_by_one(x) if plan is None else self.run(plan, x)
@@ -59,6 +70,11 @@ class FusedChain:
     def run(self, plan: Plan, x: Any) -> Any:
         """`block` on x as planned."""
         return plan.run(x)
+
+    def one_call(self, plan: Plan) -> OneCall | None:
+        """The same as one call, if it is no more than that."""
+        run = plan.links[0] if len(plan.links) == 1 else None
+        return OneCall(_RUN, (run.chain,), run.in_channels) if isinstance(run, Run) else None
 
     def one_by_one(self, x: Any) -> Any:
         """As without chains."""
@@ -83,6 +99,8 @@ class FusedChain:
             plan = Plan(self, dtype, watched=plan)
             if plan.complete:
                 self.plan = plan
+                call = self.one_call(plan)
+                self.shortcut = None if call is None else plan.shortcut(*call)
         return plan
 
 
@@ -125,6 +143,15 @@ class FusedFeatures(FusedChain):
             yield Look(self.block, settings=((self.composition.flag, False),))
 
 
+class OneCall(NamedTuple):
+    """op(x, *arguments), for images of so many channels and at most so many images."""
+
+    op: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    channels: int
+    most_images: int = 2**31
+
+
 class Plan:
     """What a chain does with images of one dtype.
 
@@ -137,10 +164,10 @@ class Plan:
         self.complete = True
         self._tier = _C.active_tier()
         self._epoch = memo.epoch
-        self._unchanged: Callable[[], bool] | None = None
+        self._watch: _C.Watch | None = None
         if watched is not None:
             try:
-                self._unchanged = watch(watched._looks(chain))
+                self._watch = watch(watched._looks(chain))
             except RuntimeError:  # tensors made in inference mode have no version
                 self.complete = False
         self.links: list[nn.Module | Run] = []
@@ -178,10 +205,20 @@ class Plan:
 
     def holds(self, dtype: torch.dtype) -> bool:
         """Whether all that was asked would be answered the same again."""
-        assert self._unchanged is not None
+        assert self._watch is not None
         return (
-            self.dtype is dtype and self._epoch is memo.epoch and self._tier == _C.active_tier() and self._unchanged()
+            self.dtype is dtype
+            and self._epoch is memo.epoch
+            and self._tier == _C.active_tier()
+            and self._watch.unchanged()
         )
+
+    def shortcut(
+        self, op: Callable[..., Tensor], arguments: Sequence[Any], channels: int, most_images: int
+    ) -> _C.Shortcut:
+        """To `OneCall`, while the plan holds."""
+        assert self._watch is not None
+        return shortcut(op, arguments, self._watch, self._epoch, self.dtype, channels=channels, most_images=most_images)
 
     def run(self, x: Any) -> Any:
         """`chain.block` on x."""
@@ -211,17 +248,20 @@ class Run:
         self.steps += numbers
         self.out_channels = numbers[2]
 
+    @property
+    def in_channels(self) -> int:
+        return self.forwards[0].in_channels
+
+    @functools.cached_property
+    def chain(self) -> Tensor:
+        """What the op runs; asked for when all children are there."""
+        return _PACK(self.packed, self.steps)
+
     def takes(self, x: Any, dtype: torch.dtype) -> bool:
-        return _is_image(x) and x.dtype is dtype and x.shape[1] == self.forwards[0].in_channels
+        return is_image(x) and x.dtype is dtype and x.shape[1] == self.in_channels
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.note()
-        return _RUN(x, self.packed, self.steps)
-
-    def note(self) -> None:
-        """For `summary`: all of them run fused."""
-        for forward in self.forwards:
-            forward.last_reason = None
+        return _RUN(x, self.chain)
 
 
 def has_chain(module: nn.Module) -> bool:
@@ -246,25 +286,6 @@ def _flattened(children: Iterable[nn.Module | None], containers: list[nn.Module]
 def is_sequential(module: nn.Module) -> bool:
     """One that calls its children in their order and does nothing else."""
     return type(module).forward is nn.Sequential.forward and isinstance(vars(module).get("forward"), FusedChain | None)
-
-
-def _is_image(x: Any) -> bool:
-    return type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.layout is torch.strided
-
-
-def _runs_chains(x: Any) -> bool:
-    """Whether x is what the op can take, and nothing is going on that wants to see every block's call."""
-    return (
-        _is_image(x)
-        and x.dtype in KERNEL_DTYPES
-        and not torch.is_grad_enabled()
-        and get_backend() in ("auto", "cpu")
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-        and peek_interpreter_stack() is None
-        and not _has_any_global_hook()
-    )
 
 
 def calls_forward_only(child: nn.Module) -> bool:

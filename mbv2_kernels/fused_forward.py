@@ -8,8 +8,7 @@ all there is to undo.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from operator import add
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,45 +20,20 @@ from .backends import UNCHECKED, get_backend, packed_block, packed_layer, traini
 from .fold import BlockTensors, Layer, Run, memo
 from .functional import is_transformed, run_block, run_layer
 from .reference import ACTIVATIONS
+from .shortcut import UNPLANNED, Look, is_quiet, shortcut, watch
 from .training import is_pointwise
 
 if TYPE_CHECKING:
     from .recognise import ConvNorm, LayerStructure, Structure
 
 _logger = logging.getLogger("mbv2_kernels")
+_PACK_CHAIN = torch.ops.mbv2.pack_chain.default
+_RUN_CHAIN = torch.ops.mbv2.chain_packed.default
 
 NO_FIT = "input does not fit the block"  # the original modules say so in their own words
 TRAINING = "training: original modules"  # how every reason of that kind begins
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
-
-
-class Look(NamedTuple):
-    """What a module looks like, as `_C.Watch` takes it (csrc/watch.h)."""
-
-    module: nn.Module
-    plain: bool = False  # no hooks, and on the instance this forward or none
-    forward: object = None
-    children: tuple[tuple[str, nn.Module | None], ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()
-    present: tuple[str, ...] = ()  # buffers
-    tensors: tuple[tuple[str, str], ...] = ()  # "_parameters" or "_buffers", name
-
-
-def watch(looks: Iterable[Look]) -> Callable[[], bool]:
-    """A function that tells in a fraction of the time whether all still looks as now; False may be a false alarm.
-
-    Raises RuntimeError for tensors that cannot be watched: made in inference mode, or in a torch whose tensors lack
-    DLPack's interface for C.
-    """
-    merged: dict[nn.Module, Look] = {}
-    for look in looks:
-        seen = merged.get(look.module)
-        if seen is not None:
-            forward, children = look.forward or seen.forward, look.children or seen.children
-            look = Look(look.module, look.plain or seen.plain, forward, children, *map(add, seen[4:], look[4:]))
-        merged[look.module] = look
-    return _C.Watch(merged.values()).unchanged
 
 
 class FusedForward:
@@ -89,12 +63,15 @@ class FusedForward:
         self.warned: set[str] = set()
         self.last_reason: str | None = None
         self.last_run: Run | None = None
-        self._unchanged: Callable[[], bool] | None = None
+        self._watch: _C.Watch | None = None
+        self._shortcut: _C.Shortcut | None = None
+        self._epoch: object = None  # the memo's when the block last ran without one
         self._step_dims: list[int] = []
         self._step_numbers: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_unchanged": None}  # of the modules of one process; made anew when needed
+        # Of the modules of one process; made anew when needed.
+        return {**vars(self), "_watch": None, "_shortcut": None, "_epoch": None}
 
     @property
     def __code__(self) -> Any:
@@ -103,6 +80,10 @@ class FusedForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tracing = torch.compiler.is_compiling()
+        if not tracing and self._shortcut is not None and not args and not kwargs:
+            y = self._shortcut(x)
+            if y is not None:
+                return y
         changed = tracing or self._looks_changed()
         reason = (self.refusal() if changed else None) or self._refused_input(x, args, kwargs)
         if reason is None:
@@ -122,9 +103,9 @@ class FusedForward:
 
     def _looks_changed(self) -> bool:
         """False: nothing stands against the kernel, as in eval mode when nothing was touched. True: look closer."""
-        if self._unchanged is None:
-            self._unchanged = watch(self._looks())
-        return not self._unchanged() or _has_any_global_hook()
+        if self._watch is None:
+            self._watch = watch(self._looks())
+        return not self._watch.unchanged() or _has_any_global_hook()
 
     def _looks(self) -> Iterator[Look]:
         """What `refusal` asks for; stricter only where that costs a closer look."""
@@ -244,7 +225,7 @@ class FusedForward:
         return run_block(x, tensors, self.eps(), self.config)
 
     def step(self, dtype: torch.dtype) -> tuple[Tensor, list[int]] | None:
-        """Packed weights and numbers of this block as one step of the op `mbv2::chain_packed`, on images of `dtype`.
+        """Packed weights and numbers of this block as one step of the op `mbv2::pack_chain`, for images of `dtype`.
 
         None if it would not run fused on CPU images of its channels now, or has parametrized weights: then a call of
         its own tells (and notes) more.
@@ -287,7 +268,24 @@ class FusedForward:
         self.last_reason = None
         if self._has_parametrized_weights():
             self.last_run = memo.last_run(tensors)
+        elif is_quiet(x):
+            self._plan(x.dtype)
         return y
+
+    def _plan(self, dtype: torch.dtype) -> None:
+        """Makes calls on images of `dtype` short, if the last one found all as the one before."""
+        epoch, self._epoch = self._epoch, memo.epoch
+        if epoch is not memo.epoch or UNPLANNED:
+            return
+        try:
+            before = watch(self.step_looks())
+        except RuntimeError:  # tensors made in inference mode have no version
+            return
+        step = self.step(dtype)
+        if step is not None:
+            packed, numbers = step
+            chain = _PACK_CHAIN([packed], numbers)
+            self._shortcut = shortcut(_RUN_CHAIN, (chain,), before, epoch, dtype, channels=self.in_channels)
 
     def _has_parametrized_weights(self) -> bool:
         """Such weights are new tensors whenever they are read, and reading may have effects (spectral norm)."""
@@ -302,6 +300,8 @@ class FusedForward:
 
     def note_refusal(self, reason: str) -> None:
         """Remembers why the original modules run, and warns, once for each reason."""
+        if self.last_reason is None:
+            memo.epoch = object()  # what is planned and runs it fused has to say so anew
         self.last_reason = reason
         if reason.startswith(TRAINING):
             if not self._has_parametrized_weights() and not is_transformed():

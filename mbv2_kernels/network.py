@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import FusedChain, Plan, Run, calls_forward_only, is_sequential
+from .chain import FusedChain, OneCall, Plan, Run, calls_forward_only, is_sequential
 from .composition import NETWORK_METHOD
-from .fused_forward import Look
+from .shortcut import Look
 
 MOST_IMAGES = 8  # for more a product in register tiles, which torch's is, is as fast as the op's or faster
 
@@ -36,10 +36,10 @@ class FusedNetwork(FusedChain):
         self.classifier = classifier
         self._linear: nn.Linear | None = None  # of the classifier, while a plan holds
 
-    def __call__(self, x: Any) -> Any:
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() != 4 or x.shape[0] > MOST_IMAGES:
-            return self.one_by_one(x)  # a trace must not see the number of images
-        return super().__call__(x)
+    def closely(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[0] > MOST_IMAGES:
+            return self.one_by_one(x)
+        return super().closely(x)
 
     def one_by_one(self, x: Any) -> Any:
         return getattr(type(self.block), NETWORK_METHOD)(self.block, x)
@@ -89,14 +89,18 @@ class FusedNetwork(FusedChain):
         yield Look(linear, True, None, tensors=tuple(("_parameters", name) for name in linear._parameters))
 
     def run(self, plan: Plan, x: Any) -> Any:
-        run, linear = plan.links[0] if len(plan.links) == 1 else None, self._linear
-        if not plan.complete or linear is None or not isinstance(run, Run) or not run.takes(x, plan.dtype):
-            return self.one_by_one(x)
+        call = self.one_call(plan) if plan.complete else None
+        return self.one_by_one(x) if call is None or x.shape[1] != call.channels else call.op(x, *call.arguments)
+
+    def one_call(self, plan: Plan) -> OneCall | None:
+        features, linear = super().one_call(plan), self._linear
+        if features is None or linear is None:
+            return None
         weight, bias = linear.weight, linear.bias
         tensors = (weight,) if bias is None else (weight, bias)
-        if weight.dim() != 2 or weight.shape[1] != run.out_channels:
-            return self.one_by_one(x)
-        if any(type(t) not in _PLAIN or t.dtype is not x.dtype or not t.is_cpu for t in tensors):
-            return self.one_by_one(x)
-        run.note()
-        return _CLASSIFY(x, run.packed, run.steps, weight, bias)
+        run = plan.links[0]
+        if not isinstance(run, Run) or weight.dim() != 2 or weight.shape[1] != run.out_channels:
+            return None
+        if any(type(t) not in _PLAIN or t.dtype is not plan.dtype or not t.is_cpu for t in tensors):
+            return None
+        return OneCall(_CLASSIFY, (*features.arguments, weight, bias), features.channels, MOST_IMAGES)

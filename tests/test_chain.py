@@ -20,6 +20,7 @@ from mbv2_kernels.chain import FusedChain
 
 X = (2, 3, 19, 22)
 OP = torch.ops.mbv2.chain_packed.default
+PACK = torch.ops.mbv2.pack_chain.default
 
 
 class Calls(TorchDispatchMode):
@@ -252,15 +253,65 @@ def test_opcheck_and_wrong_steps() -> None:
         torch.randn(12, 5, 1, 1), None, torch.randn(12, 1, 3, 3), None, torch.randn(5, 12, 1, 1), None
     )
     steps = [1, 0, 5, 3, 0, 2, 1, 1, 2, 0, 0, 0, 12, 5, 3, 1, 1, 1, 1, 2, 0, 1]
-    torch.library.opcheck(OP, (x, [conv, block], steps))
-    assert OP(x[:0], [conv, block], steps).shape == (0, 5, 5, 4)
+    torch.library.opcheck(PACK, ([conv, block], steps), test_utils=("test_schema", "test_faketensor"))
+    chain = PACK([conv, block], steps)
+    torch.library.opcheck(OP, (x, chain))
+    assert OP(x[:0], chain).shape == (0, 5, 5, 4)
     for wrong, message in (
-        ((x, [], []), "at least one"),
-        ((x, [conv], steps), "steps must hold 11 numbers for each of 1"),
-        ((x, [block, conv], steps), "packed does not hold"),
-        ((x, [conv, block], [2, *steps[1:]]), "a kind must be 0"),
-        ((x, [conv, block], [*steps[:8], 3, *steps[9:]]), "an activation must be 0, 1 or 2"),
-        ((x[0], [conv, block], steps), "x must have 4 dimensions"),
+        (([], []), "non-empty list"),
+        (([conv], steps), "steps must hold 11 numbers for each of 1"),
+        (([conv, block], [2, *steps[1:]]), "a kind must be 0"),
+        (([conv, block], [*steps[:8], 3, *steps[9:]]), "an activation must be 0, 1 or 2"),
+        (([conv, block], [*steps[:3], 0, *steps[4:]]), "kernel_size must be 1 to"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            OP(*wrong)
+            PACK(*wrong)
+    for given, message in (
+        ((x, PACK([block, conv], steps)), "packed does not hold"),
+        ((x[0], chain), "x must have 4 dimensions"),
+        ((x.double(), chain), "x must be float32"),
+        ((x[:, :2], chain), "packed does not hold"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OP(*given)
+
+
+def test_a_chain_is_no_tensor_like_others() -> None:
+    """It stands for memory that the op reads: nothing but what pack_chain made is taken."""
+    first, second = (
+        PACK([torch.ops.mbv2.pack_conv(torch.randn(5, 3, 1, 1), None)], [1, 0, 5, 1, 0, 1, 0, 1, 2, 0, 0])
+        for _ in range(2)
+    )
+    x = torch.randn(1, 3, 4, 4)
+    one, other = OP(x, first), OP(x, second)
+    assert not one.equal(other) and OP(x, first.clone()).equal(one)
+    for wrong in (torch.zeros(1, dtype=torch.int64), torch.empty(0), first.repeat(2), first.double(), x):
+        with pytest.raises(RuntimeError, match="chain must be what pack_chain returned"):
+            OP(x, wrong)
+    copy_of_second, written = second.clone(), first.clone()
+    second.copy_(first)
+    del second
+    assert OP(x, first).equal(one)  # the end of the other one has left it alone
+    with pytest.raises(RuntimeError, match="and not be gone"):
+        OP(x, copy_of_second)
+    del first
+    with pytest.raises(RuntimeError, match="and not be gone"):
+        OP(x, written)
+
+
+def test_a_chain_for_other_sizes_and_threads() -> None:
+    """The calls made for one image are not used for another, nor for another number of threads."""
+    weight = torch.randn(24, 3, 3, 3)
+    chain = PACK([torch.ops.mbv2.pack_conv(weight, None)], [1, 0, 24, 3, 0, 1, 1, 1, 0, 0, 0])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for shape in ((1, 3, 9, 8), (2, 3, 9, 8), (2, 3, 8, 9), (1, 3, 40, 41)):
+                for dtype in (torch.float32, torch.bfloat16):
+                    x = torch.randn(shape).to(dtype)
+                    for given in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
+                        expected = nn.functional.conv2d(given.double(), weight.double(), padding=1)
+                        assert error(OP(given, chain), expected) < (2e-6 if dtype == torch.float32 else 8e-3)
+    finally:
+        torch.set_num_threads(before)

@@ -117,15 +117,14 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
 def test_chain_classify(tier: str, dtype: torch.dtype) -> None:
     """Chain, mean and product in one op are what the three are one by one; more channels than vectors hold."""
     conv, weight, bias = torch.randn(21, 3, 1, 1), torch.randn(5, 21).to(dtype), torch.randn(5).to(dtype)
-    packed = torch.ops.mbv2.pack_conv(conv, None)
-    steps = [1, 0, 21, 1, 0, 1, 0, 1, 2, 0, 0]
+    chain = torch.ops.mbv2.pack_chain([torch.ops.mbv2.pack_conv(conv, None)], [1, 0, 21, 1, 0, 1, 0, 1, 2, 0, 0])
     x = torch.randn(2, 3, 7, 5).to(dtype)
-    images = torch.ops.mbv2.chain_packed(x, [packed], steps)
+    images = torch.ops.mbv2.chain_packed(x, chain)
     expected = images.double().mean((2, 3)) @ weight.double().t() + bias.double()
-    assert error(classify(x, [packed], steps, weight, bias), expected) < 2 * BOUNDS[dtype]
+    assert error(classify(x, chain, weight, bias), expected) < 2 * BOUNDS[dtype]
     if tier == TIERS[0]:
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(classify, (x, [packed], steps, weight, bias), test_utils=tests)
+        torch.library.opcheck(classify, (x, chain, weight, bias), test_utils=tests)
         torch.library.opcheck(linear, (x[:, :, 0, 0], weight[:, :3], bias), test_utils=tests)
 
 
