@@ -29,12 +29,19 @@ void check(bool ok, const Words&... words) {
   throw std::runtime_error(text.str());
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
+// For `check`, which writes it down only if it has to: a stream costs as much as a small layer.
+template <class Shaped>
+struct ShapeOf {
+  const Shaped& of;
+};
+template <class Shaped>
+ShapeOf<Shaped> shape_of(const Shaped& of) {
+  return {of};
+}
+inline std::ostream& operator<<(std::ostream& text, const ShapeOf<Tensor>& shape) {
   text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << "]";
-  return text.str();
+  for (int64_t i = 0; i < shape.of.dim(); ++i) text << (i ? ", " : "") << shape.of.size(i);
+  return text << "]";
 }
 
 inline bool storage_type(ScalarType type, DType* out) {

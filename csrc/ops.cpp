@@ -57,15 +57,15 @@ struct Images {
   int64_t numel() const { return batch * channels * height * width; }
 };
 
-std::string shape_of(const Images& x) {
-  std::ostringstream text;
-  text << "[" << x.batch << ", " << x.channels << ", " << x.height << ", " << x.width << "]";
-  return text.str();
+std::ostream& operator<<(std::ostream& text, const mbv2::ShapeOf<Images>& shape) {
+  const Images& x = shape.of;
+  return text << "[" << x.batch << ", " << x.channels << ", " << x.height << ", " << x.width << "]";
 }
 
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 Tensor plain(const Tensor& t) {
-  Tensor f = t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
-  return f.is_contiguous() ? f : torch::stable::contiguous(f);
+  return dense(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
 // The six weights as plain fp32 arrays, and what they say about the block.
@@ -344,16 +344,16 @@ Tensor conv_act(Tensor x, Tensor weight, OptionalTensor bias, int64_t stride, in
 
 // ---- Classifier -----------------------------------------------------------------------------------------------------
 
-Tensor linear(Tensor x_given, Tensor weight_given, OptionalTensor bias_given) {
-  check_tensor("x", x_given, 2);
+// For `rows` rows of x, dense.
+Tensor linear_of(const void* x, int64_t rows, int64_t in_features, ScalarType type, const Tensor& weight_given,
+                 const OptionalTensor& bias_given) {
   check_tensor("weight", weight_given, 2);
   mbv2::LinearArgs a = {};
-  a.rows = x_given.size(0);
-  a.in_features = x_given.size(1);
+  a.rows = rows;
+  a.in_features = in_features;
   a.out_features = weight_given.size(0);
-  check(weight_given.size(1) == a.in_features, "weight must be [out, ", a.in_features, "] for x of shape ",
-        shape_of(x_given), ", got ", shape_of(weight_given));
-  const ScalarType type = x_given.scalar_type();
+  check(weight_given.size(1) == in_features, "weight must be [out, ", in_features, "] for x of shape [", rows, ", ",
+        in_features, "], got ", shape_of(weight_given));
   check(weight_given.scalar_type() == type, "weight must have x's dtype");
   if (bias_given) {
     check_tensor("bias", *bias_given, 1);
@@ -361,11 +361,10 @@ Tensor linear(Tensor x_given, Tensor weight_given, OptionalTensor bias_given) {
           " elements of x's dtype, got ", bias_given->size(0));
   }
   storage_type(type, &a.dtype);
-  const auto dense = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
-  const Tensor x = dense(x_given), weight = dense(weight_given);
+  const Tensor weight = dense(weight_given);
   const OptionalTensor bias = bias_given ? OptionalTensor(dense(*bias_given)) : std::nullopt;
-  Tensor y = mbv2::empty({a.rows, a.out_features}, {a.out_features, 1}, type);
-  a.x = x.const_data_ptr();
+  Tensor y = mbv2::empty({rows, a.out_features}, {a.out_features, 1}, type);
+  a.x = x;
   a.weight = weight.const_data_ptr();
   a.bias = bias ? bias->const_data_ptr() : nullptr;
   a.y = y.mutable_data_ptr();
@@ -373,6 +372,12 @@ Tensor linear(Tensor x_given, Tensor weight_given, OptionalTensor bias_given) {
   mbv2::run_linear(a, tier, mbv2::torch_parallel());
   mbv2::count_call(tier);
   return y;
+}
+
+Tensor linear(Tensor x_given, Tensor weight, OptionalTensor bias) {
+  check_tensor("x", x_given, 2);
+  const Tensor x = dense(x_given);
+  return linear_of(x.const_data_ptr(), x.size(0), x.size(1), x.scalar_type(), weight, bias);
 }
 
 // ---- Chains: blocks and convolutions back to back -------------------------------------------------------------------
@@ -579,11 +584,10 @@ Tensor chain_classify(Tensor x_given, Tensor chain_given, Tensor weight, Optiona
   a.channels = images.channels;
   a.pixels = images.height * images.width;
   storage_type(images.type, &a.dtype);
-  Tensor means = mbv2::empty({a.batch, a.channels}, {a.channels, 1}, images.type);
   a.x = run_chain(*calls, x.const_data_ptr(), nullptr, between);
-  a.y = means.mutable_data_ptr();
+  a.y = mbv2::chain_buffer(calls->calls.size()).reserve(static_cast<size_t>(a.batch * a.channels));
   mbv2::tier_kernels(mbv2::active_tier())->pool_work(a);
-  return linear(means, weight, bias);
+  return linear_of(a.y, a.batch, a.channels, images.type, weight, bias);
 }
 
 }  // namespace

@@ -91,7 +91,8 @@ class Watch {
       Seen seen;
       seen.module = described.module.ptr();
       seen.plain = py::cast<bool>(fields[1]);
-      if (!fields[2].is_none()) {
+      seen.called = !fields[2].is_none();
+      if (seen.called) {
         described.type = py::type::of(fields[0]);
         described.call = described.type.attr(call_);
       }
@@ -110,6 +111,8 @@ class Watch {
         described.tensors.push_back({store.equal(buffers_), where[1], tensor});
         if (!tensor.is_none()) add_tensor(tensor);
       }
+      seen.parent = !described.children.empty();
+      seen.places = !described.present.empty() || !described.tensors.empty();
       seen.tensors_end = tensors_.size();
       seen_.push_back(seen);
     }
@@ -156,8 +159,8 @@ class Watch {
     size_t dims;  // `geometry_` has twice as many numbers of it
   };
   struct Seen {
-    PyObject* module = nullptr;
-    bool plain = false;
+    PyObject* module = nullptr;                                          // a weak reference
+    bool plain = false, called = false, parent = false, places = false;  // what its description asks for
     // The dicts of the module, borrowed from it, and their versions when all in them was last found the same.
     PyObject *hooks[4] = {}, *modules = nullptr, *parameters = nullptr, *buffers = nullptr;
     uint64_t attributes_version = 0, modules_version = 0, parameters_version = 0, buffers_version = 0;
@@ -195,10 +198,10 @@ class Watch {
     if (seen.plain)
       for (PyObject* hooks : seen.hooks)
         if (PyDict_GET_SIZE(hooks) != 0) return false;
-    if (described.type && (Py_TYPE(module.ptr()) != reinterpret_cast<PyTypeObject*>(described.type.ptr()) ||
-                           !py::object(described.type.attr(call_)).is(described.call)))
+    if (seen.called && (Py_TYPE(module.ptr()) != reinterpret_cast<PyTypeObject*>(described.type.ptr()) ||
+                        !py::object(described.type.attr(call_)).is(described.call)))
       return false;
-    return same_children(seen, described) && same_places(seen, described);
+    return (!seen.parent || same_children(seen, described)) && (!seen.places || same_places(seen, described));
   }
 
   bool same_attributes(Seen& seen, const Description& described, PyObject* attributes) const {
@@ -226,7 +229,6 @@ class Watch {
   }
 
   static bool same_children(Seen& seen, const Description& described) {
-    if (described.children.empty()) return true;
     const uint64_t version = dict_version(seen.modules);
     if (version != 0 && version == seen.modules_version) return true;
     if (PyDict_GET_SIZE(seen.modules) != static_cast<Py_ssize_t>(described.children.size())) return false;
@@ -238,7 +240,6 @@ class Watch {
 
   // Whether the tensors are still where they were.
   static bool same_places(Seen& seen, const Description& described) {
-    if (described.present.empty() && described.tensors.empty()) return true;
     const uint64_t parameters = dict_version(seen.parameters), buffers = dict_version(seen.buffers);
     if (parameters != 0 && parameters == seen.parameters_version && buffers == seen.buffers_version) return true;
     for (const py::object& name : described.present) {
@@ -264,37 +265,43 @@ class Watch {
   }
 
   // Where `unchanged` reads, as far as one can tell; an address that is wrong or out of date costs time and nothing
-  // else. The words at a tensor's beginning are what it refers to: its memory's description, its count of versions.
+  // else. The offsets are those of CPython's dicts and of torch's tensors, whose memory and count of versions are
+  // objects of their own.
   void find_lines() {
     size_t tensor = 0;
-    for (size_t i = 0; i < seen_.size(); ++i) {
-      Seen& seen = seen_[i];
+    for (Seen& seen : seen_) {
       const py::object module = target(seen.module);
       add_line(seen.module, 0);
       add_line(module.ptr(), -24);
       add_line(module.ptr(), 0);
       const py::object attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
-      for (PyObject* dict : {attributes.ptr(), seen.modules, seen.parameters, seen.buffers}) add_line(dict, 24);
+      add_line(attributes.ptr(), 24);
       if (seen.plain)
         for (PyObject* hooks : seen.hooks) add_line(hooks, 16);
+      if (seen.parent) add_line(seen.modules, 24);
+      if (seen.places) {
+        add_line(seen.parameters, 24);
+        add_line(seen.buffers, 24);
+      }
       for (; tensor < seen.tensors_end; ++tensor) {
         PyObject* object = tensors_[tensor].tensor;
         add_line(object, 8);
-        const auto address = py::reinterpret_borrow<py::object>(object).attr("_cdata");
-        const char* words = static_cast<const char*>(PyLong_AsVoidPtr(address.ptr()));
-        for (int line = 0; line < 3; ++line) add_line(words, 64 * line);
-        for (size_t word = 1; word < 8; ++word) {
-          const char* referred;
-          std::memcpy(&referred, words + word * sizeof referred, sizeof referred);
-          add_line(referred, 16);
+        const auto address = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, "_cdata"));
+        const void* implementation = address ? PyLong_AsVoidPtr(address.ptr()) : nullptr;
+        PyErr_Clear();
+        if (!implementation) continue;
+        for (int line = 0; line < 3; ++line) add_line(implementation, 64 * line);
+        for (const size_t word : {2, 5}) {
+          const void* part;
+          std::memcpy(&part, static_cast<const char*>(implementation) + word * sizeof part, sizeof part);
+          add_line(part, 16);
         }
       }
       seen.lines_end = lines_.size();
     }
   }
   void add_line(const void* from, std::ptrdiff_t offset) {
-    if (reinterpret_cast<uintptr_t>(from) < 65536) return;
-    const char* line = reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(from) + offset) / 64 * 64);
+    const auto line = reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(from) + offset) / 64 * 64);
     if (lines_.empty() || lines_.back() != line) lines_.push_back(line);
   }
 

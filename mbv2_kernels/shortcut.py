@@ -28,7 +28,7 @@ UNPLANNED = "" if hasattr(Tensor, "__dlpack_c_exchange_api__") else "this torch 
 # What says whether anything is going on that wants to see more than one op for many modules: all answer falsely if not.
 _QUESTIONS: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
     (torch.is_grad_enabled, ()),
-    (torch.is_autocast_enabled, ("cpu",)),
+    (torch._C._is_any_autocast_enabled, ()),
     (torch._C._get_tracing_state, ()),
     (peek_interpreter_stack, ()),
     (_has_any_global_hook, ()),

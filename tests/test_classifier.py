@@ -116,8 +116,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_chain_classify(tier: str, dtype: torch.dtype) -> None:
     """Chain, mean and product in one op are what the three are one by one; more channels than vectors hold."""
-    conv, weight, bias = torch.randn(21, 3, 1, 1), torch.randn(5, 21).to(dtype), torch.randn(5).to(dtype)
-    chain = torch.ops.mbv2.pack_chain([torch.ops.mbv2.pack_conv(conv, None)], [1, 0, 21, 1, 0, 1, 0, 1, 2, 0, 0])
+    conv, weight, bias = torch.randn(85, 3, 1, 1), torch.randn(5, 85).to(dtype), torch.randn(5).to(dtype)
+    chain = torch.ops.mbv2.pack_chain([torch.ops.mbv2.pack_conv(conv, None)], [1, 0, 85, 1, 0, 1, 0, 1, 2, 0, 0])
     x = torch.randn(2, 3, 7, 5).to(dtype)
     images = torch.ops.mbv2.chain_packed(x, chain)
     expected = images.double().mean((2, 3)) @ weight.double().t() + bias.double()

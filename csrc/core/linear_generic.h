@@ -61,19 +61,32 @@ static void linear_work(const LinearArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// `Count` vectors of channels: whole cache lines of a pixel.
+template <class Storage, int Count>
+ALWAYS_INLINE void pool_vectors(const PoolArgs& a, const typename Storage::Element* x, int width,
+                                typename Storage::Element* y) {
+  V::T sum[Count];
+  UNROLL for (int j = 0; j < Count; ++j) sum[j] = V::set(0);
+  for (int64_t p = 0; p < a.pixels; ++p, x += a.channels)
+    UNROLL for (int j = 0; j < Count; ++j) sum[j] =
+        V::add(sum[j], width == V::width ? Storage::load(x + j * V::width) : Storage::load(x, width));
+  const V::T scale = V::set(1.0f / static_cast<float>(a.pixels));
+  UNROLL for (int j = 0; j < Count; ++j) Storage::store(y + j * V::width, V::fma(sum[j], scale, V::set(0)), width);
+}
+
 template <class Storage>
 static void pool_channels(const PoolArgs& a) {
   using Element = typename Storage::Element;
-  const V::T scale = V::set(1.0f / static_cast<float>(a.pixels));
-  for (int64_t n = 0; n < a.batch; ++n)
-    for (int64_t c = 0; c < a.channels; c += V::width) {
-      const Element* x = static_cast<const Element*>(a.x) + n * a.pixels * a.channels + c;
-      const int width = static_cast<int>(min64(a.channels - c, V::width));
-      V::T sum = V::set(0);
-      for (int64_t p = 0; p < a.pixels; ++p, x += a.channels)
-        sum = V::add(sum, width == V::width ? Storage::load(x) : Storage::load(x, width));
-      Storage::store(static_cast<Element*>(a.y) + n * a.channels + c, V::fma(sum, scale, V::set(0)), width);
-    }
+  constexpr int kTogether = 4;
+  for (int64_t n = 0; n < a.batch; ++n) {
+    const Element* x = static_cast<const Element*>(a.x) + n * a.pixels * a.channels;
+    Element* y = static_cast<Element*>(a.y) + n * a.channels;
+    int64_t c = 0;
+    for (; c + kTogether * V::width <= a.channels; c += kTogether * V::width)
+      pool_vectors<Storage, kTogether>(a, x + c, V::width, y + c);
+    for (; c < a.channels; c += V::width)
+      pool_vectors<Storage, 1>(a, x + c, static_cast<int>(min64(a.channels - c, V::width)), y + c);
+  }
 }
 
 static void pool_work(const PoolArgs& a) {
