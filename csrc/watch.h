@@ -76,7 +76,7 @@ class Watch {
   // modules: (module, plain, forward, children, settings, present, tensors) each.
   //   plain: no hooks, no compiled call, and on the instance the forward `forward`, or none if that is None
   //   children: (name, module) pairs, all it has
-  //   settings: (name, value) pairs among its attributes
+  //   settings: (name, value) pairs among its attributes; (name,) is not to be there
   //   present: names of buffers that are not None
   //   tensors: (store, name) each, store "_parameters" or "_buffers": the tensor there, or None, has to stay the same,
   //     in its version, at its address, with its dtype, shape and strides
@@ -102,7 +102,9 @@ class Watch {
       }
       for (const py::handle setting : fields[4]) {
         const auto pair = py::cast<py::tuple>(setting);
-        described.settings.emplace_back(pair[0], pair[1]);
+        const py::object value = pair.size() == 2 ? py::object(pair[1]) : py::object();
+        const bool owns = value && PyType_SUPPORTS_WEAKREFS(Py_TYPE(value.ptr()));  // maybe modules
+        described.settings.emplace_back(pair[0], owns ? weak(value) : value);
       }
       for (const py::handle name : fields[5]) described.present.emplace_back(py::reinterpret_borrow<py::object>(name));
       for (const py::handle place : fields[6]) {
@@ -217,8 +219,11 @@ class Watch {
     }
     for (const auto& setting : described.settings) {
       PyObject* value = find(attributes, setting.first);
-      if (!value) return false;
-      const int equal = PyObject_RichCompareBool(value, setting.second.ptr(), Py_EQ);
+      if (!value && !setting.second) continue;
+      if (!value || !setting.second) return false;
+      const bool is_weak = PyWeakref_Check(setting.second.ptr());
+      const py::object expected = is_weak ? target(setting.second.ptr()) : setting.second;
+      const int equal = PyObject_RichCompareBool(value, expected.ptr(), Py_EQ);
       if (equal < 0) throw py::error_already_set();
       if (!equal) return false;
     }

@@ -273,10 +273,15 @@ def has_chain(module: nn.Module) -> bool:
 
 
 def _flattened(children: Iterable[nn.Module | None], containers: list[nn.Module]) -> Iterator[nn.Module]:
-    """`children`, and in place of the Sequentials among them what those call; these are added to `containers`."""
+    """`children`, and in place of the Sequentials among them what those call, of Identities nothing.
+
+    Sequentials and Identities are added to `containers`.
+    """
     for child in children:
         assert child is not None
-        if is_sequential(child) and child._modules and calls_forward_only(child):
+        if type(child) is nn.Identity and calls_forward_only(child) and "forward" not in vars(child):
+            containers.append(child)
+        elif is_sequential(child) and child._modules and calls_forward_only(child):
             containers.append(child)
             yield from _flattened(child._modules.values(), containers)
         else:

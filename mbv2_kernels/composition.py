@@ -8,14 +8,16 @@ it is read there, and taken if it can be nothing but
     return x
 
 with one exception, gradient checkpointing: an `if` on a flag, whose other branch is such a line. In the same way
-`_forward_impl` (torchvision) is read, which takes the mean of its features and classifies it. The running code must be
-what this source compiles to.
+`_forward_impl` (torchvision), or `forward` and `forward_head` (timm), are read, which take the mean of the features and
+classify it. The running code must be what this source compiles to.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType
@@ -27,12 +29,27 @@ METHOD = "forward_features"
 FLAG = "grad_checkpointing"
 _FLAG_TEST = f"self.{FLAG} and (not torch.jit.is_scripting())"
 
-# torchvision's MobileNetV2 from images to classes.
-NETWORK_METHOD = "_forward_impl"
-_NETWORK = (
-    "{x} = nn.functional.adaptive_avg_pool2d({x}, (1, 1))",
-    "{x} = torch.flatten({x}, 1)",
-)
+# From images to classes: torchvision's MobileNetV2, and timm's EfficientNet with its head.
+NETWORK_METHODS = ("_forward_impl", "forward")
+HEAD = "forward_head"
+_TORCHVISION = """
+{x} = self.{features}({x})
+{x} = nn.functional.adaptive_avg_pool2d({x}, (1, 1))
+{x} = torch.flatten({x}, 1)
+{x} = self.{classifier}({x})
+return {x}
+"""
+_TIMM = f"""
+x = self.{METHOD}(x)
+x = self.{HEAD}(x)
+return x
+"""
+_TIMM_HEAD = """
+{x} = self.{pool}({x})
+if self.drop_rate > 0.0:
+    {x} = F.dropout({x}, p=self.drop_rate, training=self.training)
+return {x} if pre_logits else self.{classifier}({x})
+"""
 
 
 class Refused(Exception):
@@ -60,12 +77,31 @@ class Composition:
         return None
 
 
+@dataclass(frozen=True)
+class Network:
+    """`owner`'s method `method` is classifier(mean over all pixels of features(x)).
+
+    features, classifier: names of the submodules; features may be `METHOD`. pool: the module that takes the mean, the
+    averaging and the flattening one in it; empty if the method does that itself. drops: it drops features at the rate
+    `owner.drop_rate` in training.
+    """
+
+    owner: nn.Module
+    method: str
+    features: str
+    classifier: str
+    pool: tuple[nn.Module, ...] = ()
+    drops: bool = False
+
+
 def read(owner: nn.Module) -> Composition | None:
     """What `owner.forward_features` calls; None if there is no such method, raises Refused if it does more."""
     function = inspect.getattr_static(type(owner), METHOD, None)
-    if not isinstance(function, FunctionType):
-        return None
-    where = f"{METHOD} of {type(owner).__name__}"
+    return _read_calls(owner, function) if isinstance(function, FunctionType) else None
+
+
+def _read_calls(owner: nn.Module, function: FunctionType) -> Composition:
+    where = f"{function.__name__} of {type(owner).__name__}"
     definition = _definition(function, where)
     arguments = definition.args
     if [a.arg for a in arguments.args][:1] != ["self"] or len(arguments.args) != 2 or definition.decorator_list:
@@ -73,7 +109,7 @@ def read(owner: nn.Module) -> Composition | None:
     x = arguments.args[1].arg
     steps: list[tuple[str, nn.Module]] = []
     flag = None
-    body = definition.body[1:] if ast.get_docstring(definition) is not None else definition.body
+    body = _body(definition)
     for statement in body[:-1]:
         if isinstance(statement, ast.If) and ast.unparse(statement.test) == _unparsed(_FLAG_TEST):
             flag = FLAG
@@ -88,25 +124,64 @@ def read(owner: nn.Module) -> Composition | None:
     return Composition(owner, tuple(steps), flag)
 
 
-def read_network(owner: nn.Module) -> tuple[str, str] | None:
-    """The names (A, B) of submodules, if `owner._forward_impl` is known to be B(mean over all pixels of A(x))."""
-    function = inspect.getattr_static(type(owner), NETWORK_METHOD, None)
-    if not isinstance(function, FunctionType):
-        return None
+def read_network(owner: nn.Module) -> Network | None:
+    """What takes images to classes, if it is known to be a classifier on the mean over all pixels of features."""
     try:
-        definition = _definition(function, NETWORK_METHOD)
+        return _read_torchvision(owner) or _read_timm(owner)
     except Refused:
         return None
-    names, arguments = function.__globals__, definition.args
-    if names.get("torch") is not torch or names.get("nn") is not nn or len(arguments.args) != 2:
+
+
+def _read_torchvision(owner: nn.Module) -> Network | None:
+    method = NETWORK_METHODS[0]
+    names = _matched(owner, method, _TORCHVISION, {"torch": torch, "nn": nn})
+    return None if names is None else Network(owner, method, names["features"], names["classifier"])
+
+
+def _read_timm(owner: nn.Module) -> Network | None:
+    method = NETWORK_METHODS[1]
+    if _matched(owner, method, _TIMM, {}) is None:
         return None
-    x = arguments.args[1].arg
-    body = definition.body[1:] if ast.get_docstring(definition) is not None else definition.body
-    middle = [_unparsed(line.format(x=x), "exec") for line in _NETWORK]
-    if len(body) != 5 or [ast.unparse(s) for s in body[1:3]] != middle or ast.unparse(body[4]) != f"return {x}":
+    names = _matched(owner, HEAD, _TIMM_HEAD, {"F": nn.functional}, {"pre_logits": False})
+    pool = None if names is None else owner._modules.get(names["pool"])
+    forward = inspect.getattr_static(type(pool), "forward", None)
+    if names is None or pool is None or not isinstance(forward, FunctionType):
         return None
-    first, last = _called(body[0], x), _called(body[3], x)
-    return None if first is None or last is None else (first, last)
+    modules = [module for _, module in _read_calls(pool, forward).steps]
+    if [type(module) for module in modules] != [nn.AdaptiveAvgPool2d, nn.Flatten]:
+        return None
+    return Network(owner, method, METHOD, names["classifier"], (pool, *modules), drops=True)
+
+
+def _matched(
+    owner: nn.Module, method: str, pattern: str, modules: dict[str, object], options: dict[str, object] | None = None
+) -> dict[str, str] | None:
+    """The names that `pattern` has in braces, if the source of `owner`'s method reads like it but for them.
+
+    {x} is the method's tensor. modules: what names in it must mean. options: the arguments after the tensor, and what
+    they are if not given.
+    """
+    options = options or {}
+    function = inspect.getattr_static(type(owner), method, None)
+    if not isinstance(function, FunctionType) or (function.__defaults__ or ()) != tuple(options.values()):
+        return None
+    definition = _definition(function, method)
+    arguments = definition.args
+    names = [argument.arg for argument in arguments.args]
+    if names[:1] != ["self"] or names[2:] != [*options] or arguments.vararg or arguments.kwonlyargs or arguments.kwarg:
+        return None
+    if definition.decorator_list or any(function.__globals__.get(name) is not m for name, m in modules.items()):
+        return None
+    fields = {field: f"FIELD_{field}" for _, field, *_ in string.Formatter().parse(pattern) if field}
+    expected = re.escape(_unparsed(pattern.format(**{**fields, "x": names[1]}), "exec"))
+    for field, mark in fields.items():
+        expected = expected.replace(mark, rf"(?P<{field}>\w+)")
+    match = re.fullmatch(expected, ast.unparse(ast.Module(_body(definition), [])))
+    return None if match is None else match.groupdict()
+
+
+def _body(definition: ast.FunctionDef) -> list[ast.stmt]:
+    return definition.body[1:] if ast.get_docstring(definition) is not None else definition.body
 
 
 def _definition(function: FunctionType, where: str) -> ast.FunctionDef:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .chain import FusedChain, FusedFeatures, has_chain
-from .composition import METHOD, NETWORK_METHOD, read_network
+from .composition import METHOD, NETWORK_METHODS, read_network
 from .fold import memo
 from .fused_forward import TRAINING, FusedForward, FusedLayer, FusedPair
 from .network import MOST_IMAGES, FusedNetwork
@@ -44,11 +44,12 @@ class FusionReport:
     """The rows of `summary`, in the order of the model; `str()` is a table.
 
     networks: paths of modules whose features, mean over all pixels and classifier are one call for a few images, as
-        far as was seen at the last call.
+        far as was seen at the last call. slower_networks: those that could be, with the reason why they are not.
     """
 
     rows: tuple[FusionRow, ...]
     networks: tuple[str, ...] = ()
+    slower_networks: tuple[tuple[str, str], ...] = ()
 
     def __iter__(self) -> Iterator[FusionRow]:
         return iter(self.rows)
@@ -75,6 +76,8 @@ class FusionReport:
             count += f", {sum(row.fused for row in layers)} of {len(layers)} layers around them"
         for path in self.networks:
             table.append(f"{path or '(root)'}: one call from images to classes, for up to {MOST_IMAGES} images on CPUs")
+        for path, reason in self.slower_networks:
+            table.append(f"{path or '(root)'}: not one call from images to classes: {reason}")
         return "\n".join([*table, count])
 
 
@@ -89,8 +92,8 @@ def fuse(
 
     So do the stem and the head, dense convolutions with BatchNorm and activation in a module of their own (on CPUs).
     An `nn.Sequential` with several of them next to each other runs them by one call (see `chain`), and so does a
-    network whose `forward_features` only calls its submodules in a row (timm). One whose `_forward_impl` only takes the
-    mean of its features and classifies it (torchvision's MobileNetV2, `models`) is one call, for a few images.
+    network whose `forward_features` only calls its submodules in a row (timm). A network that only classifies the mean
+    of its features (torchvision's MobileNetV2, timm's EfficientNet, `models`) is one call, for a few images.
 
     Found by structure (see `recognise`) and confirmed by running each block once on small inputs. Class, path,
     submodules, parameters, `state_dict`, hooks of the block stay; `unfuse` undoes it. The original modules run whenever
@@ -135,8 +138,8 @@ def fuse(
         if has_chain(module):
             module.forward = FusedChain(module)
     for module in model.modules():
-        if NETWORK_METHOD not in vars(module) and (parts := read_network(module)) is not None:
-            setattr(module, NETWORK_METHOD, FusedNetwork(module, *parts))
+        if (network := read_network(module)) is not None and network.method not in vars(module):
+            setattr(module, network.method, FusedNetwork(network))
     memo.clear()  # which makes chains look anew, too
     return model
 
@@ -158,9 +161,11 @@ def summary(model: nn.Module) -> FusionReport:
     convs = [layer.conv for _, f in fused.values() for layer in f.layers if layer is not None]
     rows = [_fused_row(path, module, forward) for path, (module, forward) in fused.items()]
     rows += [_unfused_row(c) for c in candidates(model, ignore=convs)]
-    found = ((path, vars(m).get(NETWORK_METHOD)) for path, m in model.named_modules())
-    networks = tuple(path for path, network in found if isinstance(network, FusedNetwork) and network.is_one_call())
-    return FusionReport(tuple(sorted(rows, key=lambda row: order[row.path])), networks)
+    found = ((path, vars(m).get(method)) for path, m in model.named_modules() for method in NETWORK_METHODS)
+    obstacles = [(path, network.obstacle()) for path, network in found if isinstance(network, FusedNetwork)]
+    networks = tuple(path for path, obstacle in obstacles if obstacle is None)
+    slower = tuple((path, obstacle) for path, obstacle in obstacles if obstacle is not None)
+    return FusionReport(tuple(sorted(rows, key=lambda row: order[row.path])), networks, slower)
 
 
 def fused_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -231,7 +236,7 @@ def _pairs(model: nn.Module) -> list[FusedPair]:
 
 
 def _unfuse_one(module: nn.Module) -> None:
-    for name in ("forward", METHOD, NETWORK_METHOD):
+    for name in dict.fromkeys(("forward", METHOD, *NETWORK_METHODS)):
         if isinstance(vars(module).get(name), FusedForward | FusedChain):
             delattr(module, name)
 

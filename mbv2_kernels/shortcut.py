@@ -42,7 +42,7 @@ class Look(NamedTuple):
     plain: bool = False  # no hooks, and on the instance this forward or none
     forward: object = None
     children: tuple[tuple[str, nn.Module | None], ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[tuple[Any, ...], ...] = ()  # (name, value); (name,): not on the instance
     present: tuple[str, ...] = ()  # buffers
     tensors: tuple[tuple[str, str], ...] = ()  # "_parameters" or "_buffers", name
 

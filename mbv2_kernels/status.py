@@ -54,6 +54,7 @@ class Status:
 
 def _cpu() -> BackendStatus:
     from . import _C
+    from .shortcut import UNPLANNED
 
     active = _C.active_tier()
     tiers = tuple(
@@ -70,7 +71,9 @@ def _cpu() -> BackendStatus:
     return BackendStatus(
         name="cpu",
         available=any(tier.runnable for tier in tiers),
-        reason=f"C++, tier {active}" + (f", held to {cap} at most (MBV2_MAX_ISA)" if cap else ""),
+        reason=f"C++, tier {active}"
+        + (f", held to {cap} at most (MBV2_MAX_ISA)" if cap else "")
+        + (f"; every module is called for itself: {UNPLANNED}" if UNPLANNED else ""),
         tiers=tiers,
     )
 

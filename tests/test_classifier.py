@@ -137,6 +137,7 @@ def test_one_call(net: nn.Module) -> None:
     assert {(row.fused, row.backend, row.tier) for row in report} == {(True, "cpu", _C.active_tier())}
     assert mbv2.summary(mbv2.fuse(randomise(Net()))).networks == ()  # nothing was called yet
     assert report.networks == ("",) and "one call from images to classes" in str(report)
+    assert report.slower_networks == ()
     assert calls(net, torch.randn(1, 3, 32, 32).to(memory_format=torch.channels_last)) == ["chain_classify"]
     assert calls(net.bfloat16(), torch.randn(X).bfloat16()) == ["chain_classify"]
 
@@ -156,7 +157,9 @@ def test_every_hook_fires(net: nn.Module, where: str | None) -> None:
     fired = []
     handle = module.register_forward_hook(lambda *_: fired.append(1))
     assert "chain_classify" not in calls(net) and fired
-    assert mbv2.summary(net).networks == ()
+    ((path, reason),) = mbv2.summary(net).slower_networks
+    assert mbv2.summary(net).networks == () and path == "" and (where or "features").partition(".")[0] in reason
+    assert f"(root): not one call from images to classes: {reason}" in str(mbv2.summary(net))
     handle.remove()
     assert calls(net) == ["chain_classify"]
 
@@ -176,6 +179,7 @@ def test_what_changes_is_noticed(net: nn.Module) -> None:
     assert calls(net) == ["chain_classify"]
     net.classifier = nn.Sequential(nn.Linear(24, 9), nn.ReLU())
     assert calls(net) == ["chain_packed"]
+    assert mbv2.summary(net).slower_networks == (("", "classifier is more than a linear layer"),)
     net.classifier = nn.Linear(24, 6, bias=False)
     assert calls(net) == ["chain_classify"]
     net.classifier.forward = lambda x: x[:, :4]
@@ -188,6 +192,7 @@ def test_dropout_drops_in_training(net: nn.Module) -> None:
     x = torch.randn(X)
     with torch.no_grad():
         assert not net(x).equal(net(x))
+    assert mbv2.summary(net).slower_networks == (("", "dropout is active"),)
     net.eval()
     assert calls(net) == ["chain_classify"]
 

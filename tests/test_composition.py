@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_chain import Calls
 from torch import Tensor, nn
 from wild import Flat, error, randomise
@@ -295,3 +298,172 @@ def test_a_replaced_method_is_left_alone() -> None:
     net.conv_head, net.bn2 = nn.Identity(), nn.Identity()
     mbv2.fuse(net)
     assert rows(net)["conv_stem"].reason == "forward_features of Net was replaced on the instance by other code"
+
+
+# ---- From images to classes ------------------------------------------------------------------------------------------
+
+
+class Pool(nn.Module):
+    """timm's SelectAdaptivePool2d, for the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(x)
+        x = self.flatten(x)
+        return x
+
+
+class WithHead(Net):
+    """timm's EfficientNet from images to classes, `forward` and `forward_head` to the letter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.global_pool, self.drop_rate = Pool(), 0.0
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.global_pool(x)
+        if self.drop_rate > 0.:  # fmt: skip
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.classifier(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+class Scaled(WithHead):
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.global_pool(2 * x)
+        if self.drop_rate > 0.:  # fmt: skip
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.classifier(x)
+
+
+class LogitsLeftOut(WithHead):
+    """The same source, another default."""
+
+    def forward_head(self, x: Tensor, pre_logits: bool = True) -> Tensor:
+        x = self.global_pool(x)
+        if self.drop_rate > 0.:  # fmt: skip
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.classifier(x)
+
+
+class Twice(WithHead):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return 2 * x
+
+
+@torch.no_grad()
+def settle(net: nn.Module) -> None:
+    """The first call plans the features, the second the whole: sums in another order."""
+    x = torch.randn(X)
+    expected = mbv2.unfuse(copy.deepcopy(net)).double()(x.double())
+    for _ in range(3):
+        assert error(net(x), expected) < 4e-6
+
+
+@pytest.fixture
+def whole() -> nn.Module:
+    whole = mbv2.fuse(randomise(WithHead()), strict=True)
+    settle(whole)
+    return whole
+
+
+def test_features_mean_and_classifier_are_one_call(whole: nn.Module) -> None:
+    assert ran(whole) == ["chain_classify"]
+    report = mbv2.summary(whole)
+    assert (report.networks, report.slower_networks) == (("",), ())
+    with torch.no_grad(), Calls() as seen:
+        assert whole.forward_features(torch.randn(X)).shape == (2, 24, 5, 6)
+    assert seen.names == ["chain_packed"]
+    for twin in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        settle(twin)
+        assert ran(twin) == ["chain_classify"] and twin.forward.block is twin
+    mbv2.unfuse(whole)
+    assert ran(whole) == [] and not {"forward", "forward_features"} & set(vars(whole))
+
+
+@pytest.mark.parametrize("other", [Scaled, LogitsLeftOut, Twice])
+def test_a_head_that_says_something_else_is_not_taken(other: type[nn.Module]) -> None:
+    net = mbv2.fuse(randomise(other()))
+    settle(net)
+    assert ran(net) == ["chain_packed"] and "forward" not in vars(net)
+
+
+def replace_head(net: nn.Module) -> None:
+    net.forward_head = lambda x: x.amax((2, 3))
+
+
+def hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda m, args, y: 2 * y)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (replace_head, "forward_head was replaced"),
+        (lambda net: setattr(net.global_pool, "pool", nn.AdaptiveMaxPool2d(1)), "the pooling layer was replaced"),
+        (lambda net: setattr(net, "global_pool", nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())), "was replaced"),
+        (lambda net: setattr(net.global_pool.pool, "output_size", (1, 1)), None),
+        (lambda net: setattr(net, "classifier", nn.Sequential(nn.Linear(24, 5), nn.Tanh())), "more than a linear"),
+        (lambda net: hook(net.global_pool.flatten), "hooks on"),
+        (lambda net: hook(net.global_pool), "hooks on"),
+        (lambda net: hook(net.classifier), "hooks on"),
+        (lambda net: hook(net.bn2), "forward_features did not run as planned"),
+        (lambda net: setattr(net, "grad_checkpointing", True), "forward_features did not run as planned"),
+        (lambda net: net.classifier.weight.mul_(2), None),
+    ],
+)
+@torch.no_grad()
+def test_what_changes_behind_the_features_is_noticed(
+    whole: nn.Module, change: Callable[[nn.Module], object], told: str | None
+) -> None:
+    x = torch.randn(X)
+    change(whole)
+    y = whole(x)
+    plain = mbv2.unfuse(copy.deepcopy(whole))
+    assert error(y, plain(x).double()) < 4e-6
+    assert error(whole(x), plain(x).double()) < 4e-6
+    report = mbv2.summary(whole)
+    assert (ran(whole) == ["chain_classify"]) is (told is None)
+    assert [path for path, reason in report.slower_networks if told and told in reason] == ([""] if told else [])
+
+
+@torch.no_grad()
+def test_dropout_in_the_head_drops_in_training(whole: nn.Module) -> None:
+    x = torch.randn(X)
+    whole.drop_rate = 0.5
+    assert ran(whole) == ["chain_classify"]
+    whole.training = True  # the network's own flag, and of no module in it
+    assert not whole(x).equal(whole(x))
+    assert mbv2.summary(whole).slower_networks == (("", "dropout is active"),)
+    whole.drop_rate = 0.0
+    settle(whole)
+    assert ran(whole) == ["chain_classify"]
+
+
+def test_compiled_and_exported_see_every_module(whole: nn.Module) -> None:
+    x = torch.randn(X)
+    with torch.no_grad():
+        expected = whole(x).double()
+        assert error(torch.compile(whole, backend="aot_eager", fullgraph=True)(x), expected) < 1e-5
+    program = torch.export.export(whole, (x,))
+    assert error(program.module()(x), expected) < 1e-5
+
+
+def test_a_freed_network_is_collected() -> None:
+    """What is watched refers to its modules weakly."""
+    net = mbv2.fuse(randomise(WithHead()))
+    settle(net)
+    assert ran(net) == ["chain_classify"]
+    modules = [weakref.ref(module) for module in net.modules()]
+    del net
+    gc.collect()
+    assert all(module() is None for module in modules)
