@@ -1,13 +1,14 @@
 """Runs of fused children of an `nn.Sequential` as one call.
 
-A call of one block costs some 30 microseconds of Python and dispatch whatever its size, 17 blocks and their stem and
+A call of one block costs some 20 microseconds of Python and dispatch whatever its size, 17 blocks and their stem and
 head a good part of what a fast CPU needs for the whole network. So `fuse` gives a Sequential that holds fused children
 next to each other a forward of its own, which asks each child whether it would run fused now and runs those that say
 yes, in their runs, by one op (`mbv2::chain_packed`); what lies between them stays in two small buffers. The others are
 called as ever: those with hooks, in training, without a kernel. Slices, copies and single calls of the children know
 nothing of it. Sequentials among the children are looked into: a network in stages is one run.
 
-The answers are kept as a `Plan` until one could be another: asking costs more than some blocks take.
+The answers are kept as a `Plan` until one could be another: asking costs more than some blocks take. A plan that is
+nothing but one run becomes a shortcut (see `shortcut`).
 """
 
 from __future__ import annotations
