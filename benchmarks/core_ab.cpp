@@ -80,7 +80,11 @@ void add_conv(int batch, int in, int out, int kernel, int stride, int size, cons
   float* packed = memory_for(conv_layout(a.dims, kTier).size);
   pack_conv(a.dims, weights(out * in * kernel * kernel).data(), nullptr, kTier, packed);
   a.packed = packed;
-  layers.push_back({layers.empty() ? "stem" : "head", false, {}, a, 2.0 * batch * a.out_height * a.out_width * out * in * kernel * kernel});
+  layers.push_back({layers.empty() ? "stem" : "head",
+                    false,
+                    {},
+                    a,
+                    2.0 * batch * a.out_height * a.out_width * out * in * kernel * kernel});
 }
 
 void add_block(int batch, int in, int expansion, int out, int stride, int size, const float* x, float* y) {
@@ -106,7 +110,11 @@ void add_block(int batch, int in, int expansion, int out, int stride, int size, 
   pack(a.dims, {expand ? w1.data() : nullptr, nullptr, wd.data(), nullptr, w2.data(), nullptr}, kTier, packed);
   a.packed = packed;
   const double pixels = a.out_height * a.out_width;
-  layers.push_back({"block " + std::to_string(layers.size()), true, a, {}, 2.0 * batch * hidden * ((expand ? size * size * in : 0) + pixels * (9 + out))});
+  layers.push_back({"block " + std::to_string(layers.size()),
+                    true,
+                    a,
+                    {},
+                    2.0 * batch * hidden * ((expand ? size * size * in : 0) + pixels * (9 + out))});
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// A training step's phases (csrc/core/train.h) on MobileNetV2's 17 blocks, 224x224, fp32, AVX2: the versions that core_ab
-// takes for that. Forward block by block, then back, as a step runs them; what stands between the phases is left out.
-// To be built as core_ab.cpp says of a version, with this file in its place.
+// A training step's phases (csrc/core/train.h) on MobileNetV2's 17 blocks, 224x224, fp32, AVX2: the versions that
+// core_ab takes for that. Forward block by block, then back, as a step runs them; what stands between the phases is
+// left out. To be built as core_ab.cpp says of a version, with this file in its place.
 #include <omp.h>
 
 #include <array>
@@ -18,14 +18,9 @@ using namespace mbv2;
 namespace {
 
 constexpr Tier kTier = Tier::avx2;
-constexpr const char* kNames[] = {"gram",
-                                  "depthwise",
-                                  "project",
-                                  "finish",
-                                  "finish_backward",
-                                  "project_backward",
-                                  "depthwise_backward",
-                                  "input_backward"};
+constexpr const char* kNames[] = {
+    "gram",          "depthwise", "project", "finish", "finish_backward", "project_backward", "depthwise_backward",
+    "input_backward"};
 
 struct Layer {
   TrainArgs args;
@@ -108,8 +103,8 @@ struct Block {
       const double flop = static_cast<double>(batch * size * size * in * in);
       add(TrainPhase::gram, flop, [&](TrainArgs& p) { p.sum = sum, p.gram = product; });
     }
-    const TrainArgs& of_d =
-        add(TrainPhase::depthwise, expand + depthwise, [&](TrainArgs& p) { p.d_out = d, p.sum = sum, p.sum_product = product; });
+    const TrainArgs& of_d = add(TrainPhase::depthwise, expand + depthwise,
+                                [&](TrainArgs& p) { p.d_out = d, p.sum = sum, p.sum_product = product; });
     batch_norm(of_d, hidden, pixels, &a.scale2, &a.shift2);
     a.d = d;
     float* z = memory(batch * out_size * out_size * out);

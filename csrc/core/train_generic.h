@@ -400,21 +400,20 @@ struct AddRows {
   ALWAYS_INLINE void skip(int64_t rows) { out += rows * stride; }
 };
 
-// Stores sums, and fetches into L2 what the next pass will read beside each row of them: `bytes` of d, `stride` bytes
-// apart. A panel's channels lie in pieces, one a pixel, which no prefetcher foresees; among multiplications they cost
-// nothing.
+// Stores sums, and fetches into L2 what will be read after the product: beside each row `bytes` of d, `next_stride`
+// bytes apart. Among multiplications that costs nothing.
 struct KeepSumAndFetch : KeepSum {
   const char* next;
-  int64_t fetch_stride, bytes;
+  int64_t next_stride, bytes;
   ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
     KeepSum::store(row, j, v);
-    const char* from = next + row * fetch_stride;
+    const char* from = next + row * next_stride;
     if (j == 0)
       for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
   }
   ALWAYS_INLINE void skip(int64_t rows) {
     KeepSum::skip(rows);
-    next += rows * fetch_stride;
+    next += rows * next_stride;
   }
 };
 
@@ -692,15 +691,17 @@ struct TrainWork {
     }
   }
 
-  // Calls pass(where the d of a group lies, its pitch, lanes of a vector): `at` pixels into scratch, or in a.d.
+  // Calls pass(where the d of a group lies, its pitch, lanes of a vector, panel.next): `at` pixels into scratch, or in
+  // a.d.
   template <class Pass>
   ALWAYS_INLINE void with_d(int64_t pixel, int64_t at, const Panel& panel, int64_t v, const Pass& pass) {
     const int64_t channel = panel.hidden + v * V::width;
     if (b.keeps_d)
       pass(static_cast<const Element*>(a.d) + pixel * hidden_channels + channel, hidden_channels,
-           Lanes<Storage>(hidden_channels - channel));
+           Lanes<Storage>(hidden_channels - channel), panel.next);
     else
-      pass(static_cast<const float*>(scratch + b.d + at * plan.pitch + v * V::width), plan.pitch, Lanes<F32>(V::width));
+      pass(static_cast<const float*>(scratch + b.d + at * plan.pitch + v * V::width), plan.pitch, Lanes<F32>(V::width),
+           int64_t{0});
   }
 
   // d -> h
@@ -710,7 +711,7 @@ struct TrainWork {
       const int64_t channel = panel.hidden + v * V::width;
       const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
       float* h = scratch + b.h + panel.index * panel_size() + v * V::width;
-      with_d(pixel, 0, panel, v, [&](auto d, int64_t pitch, auto lanes) __attribute__((always_inline)) {
+      with_d(pixel, 0, panel, v, [&](auto d, int64_t pitch, auto lanes, int64_t) __attribute__((always_inline)) {
         for (int64_t p = 0; p < pixels; ++p)
           V::store(h + p * h_pitch, V::clamp(V::fma(lanes.load(d + p * pitch), scale, shift), lo, hi));
       });
@@ -726,15 +727,17 @@ struct TrainWork {
       const float* gh = scratch + b.gh + v * V::width;
       float* h = scratch + b.h + v * V::width;
       PixelSums sum, product;
-      with_d(pixel, 0, panel, v, [&](auto from, int64_t pitch, auto lanes) __attribute__((always_inline)) {
-        for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
-          const V::T d = lanes.load(from + p * pitch), before = V::fma(d, scale, shift);
-          const V::T g = open.keep(V::load(gh + p * h_pitch), before);
-          V::store(h + p * h_pitch, V::clamp(before, lo, hi));
-          sum.parts[part] = V::add(sum.parts[part], g);
-          product.parts[part] = V::fma(g, d, product.parts[part]);
-        });
-      });
+      with_d(pixel, 0, panel, v,
+             [&](auto from, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
+               for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
+                 fetch(from + p * pitch + next);
+                 const V::T d = lanes.load(from + p * pitch), before = V::fma(d, scale, shift);
+                 const V::T g = open.keep(V::load(gh + p * h_pitch), before);
+                 V::store(h + p * h_pitch, V::clamp(before, lo, hi));
+                 sum.parts[part] = V::add(sum.parts[part], g);
+                 product.parts[part] = V::fma(g, d, product.parts[part]);
+               });
+             });
       add_to(item.sums + channel, sum.total());
       add_to(item.sums + plan.sum_width + channel, product.total());
     }
@@ -750,13 +753,15 @@ struct TrainWork {
       const V::T w = V::load(packed + l.c2 + channel);
       const float* gh = scratch + b.gh + at * plan.pitch + v * V::width;
       float* gd = to + v * V::width;
-      with_d(pixel, at, panel, v, [&](auto from, int64_t pitch, auto lanes) __attribute__((always_inline)) {
-        for (int64_t p = 0; p < pixels; ++p) {
-          const V::T d = lanes.load(from + p * pitch);
-          const V::T g = open.keep(V::load(gh + p * h_pitch), V::fma(d, scale, shift));
-          V::store(gd + p * h_pitch, V::fma(wg, g, V::fma(wd, d, w)));
-        }
-      });
+      with_d(pixel, at, panel, v,
+             [&](auto from, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
+               for (int64_t p = 0; p < pixels; ++p) {
+                 fetch(from + p * pitch + next);
+                 const V::T d = lanes.load(from + p * pitch);
+                 const V::T g = open.keep(V::load(gh + p * h_pitch), V::fma(d, scale, shift));
+                 V::store(gd + p * h_pitch, V::fma(wg, g, V::fma(wd, d, w)));
+               }
+             });
     }
   }
 
@@ -804,30 +809,22 @@ struct TrainWork {
       for_segments(scratch + b.h, hidden, channels, [&](const Rows& rows, int64_t channel, bool fresh) {
         const float* w = packed + l.project + (v * hidden_channels + channel * width) * V::width;
         const KeepSum keep{{kZeros, fresh ? nullptr : out, l.out_padded}, out};
-        if (next && channel == hidden)  // each panel fetches a share of the channels
-          product(
-              width, rows, pixels, w,
-              fetching(keep, next + channels * v / vectors, channels * (v + width) / vectors - channels * v / vectors));
-        else
-          product(width, rows, pixels, w, keep);
+        if (!next || channel != hidden) return product(width, rows, pixels, w, keep);
+        // Beside each row that is stored a pixel of d; each panel fetches a share of the channels.
+        constexpr int64_t kSize = sizeof(Element);
+        const int64_t begin = channels * v / vectors, end = channels * (v + width) / vectors;
+        product(width, rows, pixels, w,
+                KeepSumAndFetch{keep, reinterpret_cast<const char*>(next + begin), hidden_channels * kSize,
+                                (end - begin) * kSize});
       });
     }
   }
 
-  // Beside each row that is stored, `channels` of a pixel of d.
-  ALWAYS_INLINE KeepSumAndFetch fetching(const KeepSum& keep, const Element* d, int64_t channels) const {
-    constexpr int64_t kSize = sizeof(Element);
-    return {keep, reinterpret_cast<const char*>(d), hidden_channels * kSize, channels * kSize};
-  }
-
-  // gh = w2^T gz; `from` is the group's first pixel of gz, `pixel` that of d.
-  void project_transposed(const float* from, int64_t pixel, int64_t pixels, const Panel& panel) {
-    const Rows rows{from, l.out_padded, out_channels};
-    const float* w = packed + l.project_backward + panel.hidden * out_channels;
-    const KeepSum keep{{kZeros, nullptr, plan.pitch}, scratch + b.gh};
-    if (!b.keeps_d) return product(panel.vectors, rows, pixels, w, keep);
-    const Element* d = static_cast<const Element*>(a.d) + pixel * hidden_channels + panel.hidden;
-    product(panel.vectors, rows, pixels, w, fetching(keep, d, panel.vectors * V::width));
+  // gh = w2^T gz; `from` is the group's first pixel of gz.
+  void project_transposed(const float* from, int64_t pixels, const Panel& panel) {
+    product(panel.vectors, {from, l.out_padded, out_channels}, pixels,
+            packed + l.project_backward + panel.hidden * out_channels,
+            KeepSum{{kZeros, nullptr, plan.pitch}, scratch + b.gh});
   }
 
   // matrix[i][c] += sum over pixels of from[i] * of[c]
@@ -910,7 +907,7 @@ struct TrainWork {
               activate(pixel, pixels, panel);
             } else {
               const float* gz = scratch + b.gz + at;
-              project_transposed(gz, pixel, pixels, panel);
+              project_transposed(gz, pixels, panel);
               if (a.gh) keep_rows<Storage>(scratch + b.gh, pixel, pixels, panel, static_cast<Element*>(a.gh));
               project_backward_sums(pixel, pixels, panel);
               if (item.matrix) add_outer(gz, l.out_padded, out_channels, scratch + b.h, pixels, panel);
@@ -964,7 +961,7 @@ struct TrainWork {
     if (end <= begin) return;
     if (!b.keeps_d) depthwise(begin, end, panel);
     const float* gz = scratch + b.gz + (begin - gz_begin) * a.out_width * l.out_padded;
-    project_transposed(gz, (image * a.out_height + begin) * a.out_width, (end - begin) * a.out_width, panel);
+    project_transposed(gz, (end - begin) * a.out_width, panel);
     for (int64_t row = begin; row < end; ++row)
       normalise_backward((image * a.out_height + row) * a.out_width, (row - begin) * a.out_width, panel,
                          gradient_row(panel, row) + b.g_left * plan.pitch);
