@@ -274,7 +274,7 @@ def test_threads_change_nothing(case: Case) -> None:
 @pytest.mark.parametrize(("channels", "in_channels"), [(1, 1), (24, 8), (33, 17), (70, 15), (960, 160)])
 @pytest.mark.parametrize("tier", TIERS)
 def test_between_phases(tier: str, channels: int, in_channels: int, fixed: bool) -> None:
-    """BatchNorm's arithmetic in C++ against the same in PyTorch: float64 inside, so only a last digit may differ."""
+    """BatchNorm's arithmetic in C++ against the same in PyTorch and float64: only a last digit may differ."""
     _C.set_max_isa(tier)
     x = torch.randn(in_channels + 100, in_channels, dtype=torch.float64) + 0.5
     weight, t, gamma, beta = (torch.randn(size) for size in ((channels, in_channels),) * 2 + ((channels,),) * 2)
