@@ -1,11 +1,14 @@
-// Versions of csrc/core against each other on MobileNetV2's convolutions (stem, 17 blocks, head; 224x224, fp32, AVX2),
-// network after network in turns, in one process. csrc/TUNING.md has the commands and what they gave.
+// Versions of csrc/core against each other on a network's convolutions (stem, blocks, head; AVX2), network after
+// network in turns, in one process. csrc/TUNING.md has the commands and what they gave.
 //
 //   a version:   for f in CORE/*.cpp: c++ -std=c++17 -O3 -fno-math-errno -fPIC -fvisibility=hidden -DMBV2_HAVE_AVX2
 //                -ICORE (x86_avx2.cpp: with the features that kernels.inc lists; not x86_avx512.cpp), this file with
 //                -DVERSION -fopenmp, all with -shared -Wl,-Bsymbolic into NAME.so
 //   to compare:  c++ -std=c++17 -O2 benchmarks/core_ab.cpp -ldl -o core_ab
-//                ./core_ab BATCH THREADS SECONDS ./BEFORE.so ./AFTER.so
+//                ./core_ab NETWORK BATCH THREADS SECONDS ./BEFORE.so ./AFTER.so
+//
+// NETWORK: v1 or v2 (MobileNetV1, V2), then, if they are others, size, width and storage: v2,224,1.0,f32. Storage is
+// f32 or bf16.
 //
 // A core of a shared machine runs at half its speed while a neighbor is busy on its other hardware thread. So before
 // and after each layer a few microseconds of nothing but multiply-adds are timed: a layer's share of the peak is its
@@ -13,7 +16,10 @@
 #ifdef VERSION
 #include <omp.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -45,6 +51,7 @@ struct Layer {
 };
 std::vector<Layer> layers;
 Parallel parallel;
+DType storage;
 
 void serial(int64_t n, void* context, ParallelBody body) { body(context, 0, n); }
 
@@ -62,7 +69,7 @@ std::vector<float> weights(int64_t count) {
   return w;
 }
 
-void add_conv(int batch, int in, int out, int kernel, int stride, int size, const float* x, bool planes, float* y) {
+void add_conv(int batch, int in, int out, int kernel, int stride, int size, const void* x, bool planes, void* y) {
   ConvArgs a = {};
   a.dims = {in, out, kernel};
   a.batch = batch;
@@ -71,6 +78,7 @@ void add_conv(int batch, int in, int out, int kernel, int stride, int size, cons
   a.height = a.width = size;
   a.out_height = a.out_width = (size - 1) / stride + 1;
   a.activation = {0, 6};
+  a.dtype = storage;
   a.x = x;
   a.x_stride_channel = planes ? size * size : 1;
   a.x_stride_pixel = planes ? 1 : in;
@@ -87,7 +95,7 @@ void add_conv(int batch, int in, int out, int kernel, int stride, int size, cons
                     2.0 * batch * a.out_height * a.out_width * out * in * kernel * kernel});
 }
 
-void add_block(int batch, int in, int expansion, int out, int stride, int size, const float* x, float* y) {
+void add_block(int batch, int in, int expansion, int out, int stride, int size, Clamp final, const void* x, void* y) {
   const int hidden = in * expansion;
   const bool expand = expansion != 1;
   BlockArgs a = {};
@@ -98,7 +106,8 @@ void add_block(int batch, int in, int expansion, int out, int stride, int size, 
   a.height = a.width = size;
   a.out_height = a.out_width = (size - 1) / stride + 1;
   a.activation = {0, 6};
-  a.final_activation = {-__builtin_inff(), __builtin_inff()};
+  a.final_activation = final;
+  a.dtype = storage;
   a.residual = stride == 1 && in == out;
   a.x = x;
   a.x_stride_pixel = in;
@@ -119,23 +128,52 @@ void add_block(int batch, int in, int expansion, int out, int stride, int size, 
 
 }  // namespace
 
-EXPORT int prepare(int batch, int threads) {
+// Channels of a network of another width, as MobileNets round them.
+static int scaled(int channels, double width) {
+  const int rounded = std::max(8, static_cast<int>(channels * width + 4) / 8 * 8);
+  return rounded < 0.9 * channels * width ? rounded + 8 : rounded;
+}
+
+EXPORT int prepare(const char* network, int batch, int threads) {
+  char name[8] = "", type[8] = "f32";
+  int size = 224;
+  double width = 1;
+  std::sscanf(network, "%7[^,],%d,%lf,%7s", name, &size, &width, type);
+  storage = std::strcmp(type, "bf16") == 0 ? DType::bf16 : DType::f32;
   parallel = {threads > 1 ? shared : serial, threads};
-  float* picture = memory_for(batch * 3 * 224 * 224);
-  for (int64_t i = 0; i < batch * 3 * 224 * 224; ++i) picture[i] = static_cast<float>(i % 97) * 0.02f - 1;
-  float* buffers[2] = {memory_for(batch * 32 * 112 * 112), memory_for(batch * 32 * 112 * 112)};
-  add_conv(batch, 3, 32, 3, 2, 224, picture, true, buffers[0]);
+  const int64_t values = int64_t{3} * batch * size * size;
+  float* picture = memory_for(values);
+  for (int64_t i = 0; i < values; ++i) {
+    const float value = static_cast<float>(i % 97) * 0.02f - 1;
+    if (storage == DType::f32)
+      picture[i] = value;
+    else
+      std::memcpy(reinterpret_cast<uint16_t*>(picture) + i, reinterpret_cast<const char*>(&value) + 2, 2);
+  }
+  const int64_t most = int64_t{1} * batch * size * size * scaled(64, width) / 4;
+  float* buffers[2] = {memory_for(most), memory_for(most)};
+  int in = scaled(32, width), from = 0;
+  add_conv(batch, 3, in, 3, 2, size, picture, true, buffers[0]);
+  size = (size - 1) / 2 + 1;
+  const bool v1 = std::strcmp(name, "v1") == 0;
+  const Clamp final = v1 ? Clamp{0, 6} : Clamp{-__builtin_inff(), __builtin_inff()};
+  const auto add = [&](int expansion, int out, int stride) {
+    add_block(batch, in, expansion, scaled(out, width), stride, size, final, buffers[from], buffers[1 - from]);
+    in = scaled(out, width);
+    size = (size - 1) / stride + 1;
+    from = 1 - from;
+  };
+  if (v1) {
+    const int blocks[13][2] = {{64, 1},  {128, 2}, {128, 1}, {256, 2}, {256, 1},  {512, 2}, {512, 1},
+                               {512, 1}, {512, 1}, {512, 1}, {512, 1}, {1024, 2}, {1024, 1}};
+    for (const auto& block : blocks) add(1, block[0], block[1]);
+    return static_cast<int>(layers.size());
+  }
   const int stages[7][4] = {{1, 16, 1, 1}, {6, 24, 2, 2},  {6, 32, 3, 2}, {6, 64, 4, 2},
                             {6, 96, 3, 1}, {6, 160, 3, 2}, {6, 320, 1, 1}};
-  int in = 32, size = 112, from = 0;
   for (const auto& stage : stages)
-    for (int i = 0; i < stage[2]; ++i, from = 1 - from) {
-      const int stride = i ? 1 : stage[3];
-      add_block(batch, in, stage[0], stage[1], stride, size, buffers[from], buffers[1 - from]);
-      in = stage[1];
-      size = (size - 1) / stride + 1;
-    }
-  add_conv(batch, in, 1280, 1, 1, size, buffers[from], false, buffers[1 - from]);
+    for (int i = 0; i < stage[2]; ++i) add(stage[0], stage[1], i ? 1 : stage[3]);
+  add_conv(batch, in, scaled(1280, std::max(width, 1.0)), 1, 1, size, buffers[from], false, buffers[1 - from]);
   return static_cast<int>(layers.size());
 }
 EXPORT double flop(int layer) { return layers[static_cast<size_t>(layer)].flop; }
@@ -167,7 +205,7 @@ EXPORT double run_peak() {
 #include <vector>
 
 struct Version {
-  int (*prepare)(int batch, int threads);
+  int (*prepare)(const char* network, int batch, int threads);
   double (*flop)(int);
   const char* (*name)(int);
   void (*run)(int);
@@ -184,11 +222,11 @@ static double median(std::vector<double> v) {
 }
 
 int main(int count, char** words) {
-  if (count < 5) return std::fprintf(stderr, "core_ab BATCH THREADS SECONDS ./VERSION.so...\n"), 2;
-  const int batch = std::atoi(words[1]), threads = std::atoi(words[2]);
+  if (count < 6) return std::fprintf(stderr, "core_ab NETWORK BATCH THREADS SECONDS ./VERSION.so...\n"), 2;
+  const int batch = std::atoi(words[2]), threads = std::atoi(words[3]);
   std::vector<Version> versions;
   int layers = 0;
-  for (int i = 4; i < count; ++i) {
+  for (int i = 5; i < count; ++i) {
     void* object = dlopen(words[i], RTLD_NOW | RTLD_LOCAL);
     if (!object) return std::fprintf(stderr, "%s\n", dlerror()), 1;
     Version v = {reinterpret_cast<decltype(v.prepare)>(dlsym(object, "prepare")),
@@ -198,13 +236,13 @@ int main(int count, char** words) {
                  reinterpret_cast<decltype(v.run_peak)>(dlsym(object, "run_peak")),
                  {},
                  {}};
-    layers = v.prepare(batch, threads);
+    layers = v.prepare(words[1], batch, threads);
     v.shares.resize(static_cast<size_t>(layers) + 1);
     v.times = v.shares;
     versions.push_back(v);
   }
   double best_peak = 0;
-  const double end = seconds() + std::atof(words[3]);
+  const double end = seconds() + std::atof(words[4]);
   while (seconds() < end) {
     for (Version& v : versions) {
       for (int i = 0; i < layers; ++i) v.run(i);  // another version's weights are in the caches
@@ -230,7 +268,7 @@ int main(int count, char** words) {
     }
   }
   std::printf("FMA peak %.1f GFLOP/s a thread; a layer's microseconds at it, percent of it, times as fast as %s\n",
-              best_peak * 1e-9, words[4]);
+              best_peak * 1e-9, words[5]);
   int width = 0;
   for (int i = 0; i < layers; ++i) width = std::max(width, static_cast<int>(std::strlen(versions[0].name(i))));
   for (size_t i = 0; i <= static_cast<size_t>(layers); ++i) {

@@ -326,6 +326,26 @@ struct Item {
     depthwise_rows(p);
   }
 
+  // The panel of w2 that begins at output vector v, from channel `hidden` on.
+  ALWAYS_INLINE const float* project_weights(int64_t v, int64_t hidden) const {
+    const int64_t width = min64(l.out_panel, l.out_padded / V::width - v);
+    return a.packed + l.w2 + (v * a.dims.hidden_channels + hidden * width) * V::width;
+  }
+
+  // What project() reads after a panel of w2: the panel that begins at output vector v, for the same `depth` hidden
+  // channels; behind the last panel the first, for the next chunk's. Not further ahead: all panels' parts for a chunk
+  // of 1024 output channels fill L2 twice.
+  Fetch next_panel(int64_t v, int64_t hidden, int64_t depth) const {
+    if (v * V::width >= l.out_padded) {
+      v = 0;
+      hidden += depth;
+      depth = min64(plan.chunk, min64(item.hidden_end, a.dims.hidden_channels) - hidden);
+      if (depth <= 0) return {};
+    }
+    const int64_t width = min64(l.out_panel, l.out_padded / V::width - v);
+    return {project_weights(v, hidden), depth * width * V::width * static_cast<int64_t>(sizeof(float))};
+  }
+
   // Output rows [begin, end), hidden channels [hidden, hidden + depth), all output channels: on top of `sums`, or of
   // the bias if this is the first chunk; into y if `write`, else back into `sums`.
   void project(int64_t begin, int64_t end, int64_t hidden, int64_t depth, bool first, bool write, float* sums,
@@ -336,7 +356,7 @@ struct Item {
     const int64_t step = by_row ? 1 : end - begin;
     for (int64_t v = 0; v < vectors; v += l.out_panel) {
       const int64_t width = min64(l.out_panel, vectors - v);
-      const float* w = a.packed + l.w2 + v * V::width * a.dims.hidden_channels + hidden * width * V::width;
+      const float* w = project_weights(v, hidden);
       const int64_t rest = a.dims.out_channels - v * V::width;
       const float* bias = item.hidden_begin == 0 ? a.packed + l.b3 + v * V::width : kZeros;
       for (int64_t row = begin; row < end; row += step) {
@@ -347,7 +367,7 @@ struct Item {
         if (v == 0 && row == begin && fetch_input.bytes)
           fetch = fetch_input;
         else if (fetch_weights && row == begin)
-          fetch = behind(w, depth * width);
+          fetch = next_panel(v + l.out_panel, hidden, depth);
         const Sums start{first ? bias : kZeros, first ? nullptr : to, l.out_padded};
         if constexpr (kDirect) {
           if (write && first && !a.residual && !bounds(a.final_activation) && rest >= width * V::width) {
@@ -448,7 +468,7 @@ struct Item {
             input = {input_row(from), rows_ahead * a.x_stride_row * static_cast<int64_t>(sizeof(float))};
           }
           project(row, row_end, hidden, min64(chunk, a.dims.hidden_channels - hidden), hidden == item.hidden_begin,
-                  last && !item.partial, sums, input, row == band && !last);
+                  last && !item.partial, sums, input, row == band);
         }
       }
     }

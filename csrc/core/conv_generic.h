@@ -142,10 +142,13 @@ struct ConvWork {
       left.depth = end - begin;
       const Sums start = part == 0 ? Sums{bias, nullptr, pitch} : Sums{kZeros, sums, pitch};
       const Fetch behind = {w + end * pitch, (end - begin) * pitch * static_cast<int64_t>(sizeof(float))};
-      if (part + 1 < parts)
+      if (part + 1 < parts) {
         product(width, left, rows, w + begin * pitch, KeepSum{start, sums}, behind);
-      else
-        product(width, left, rows, w + begin * pitch, WriteOutput{start, out}, behind);
+        continue;
+      }
+      // Lines of y that lie far apart, each written for the first time: stores that miss wait for each other.
+      for (int64_t row = 0; row < rows; ++row) __builtin_prefetch(out.y + row * out.y_stride, 1, 3);
+      product(width, left, rows, w + begin * pitch, WriteOutput{start, out}, behind);
     }
   }
 
