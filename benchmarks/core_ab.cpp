@@ -139,6 +139,8 @@ EXPORT int prepare(const char* network, int batch, int threads) {
   int size = 224;
   double width = 1;
   std::sscanf(network, "%7[^,],%d,%lf,%7s", name, &size, &width, type);
+  const bool v1 = std::strcmp(name, "v1") == 0;
+  if (!v1 && std::strcmp(name, "v2") != 0) return 0;
   storage = std::strcmp(type, "bf16") == 0 ? DType::bf16 : DType::f32;
   parallel = {threads > 1 ? shared : serial, threads};
   const int64_t values = int64_t{3} * batch * size * size;
@@ -155,7 +157,6 @@ EXPORT int prepare(const char* network, int batch, int threads) {
   int in = scaled(32, width), from = 0;
   add_conv(batch, 3, in, 3, 2, size, picture, true, buffers[0]);
   size = (size - 1) / 2 + 1;
-  const bool v1 = std::strcmp(name, "v1") == 0;
   const Clamp final = v1 ? Clamp{0, 6} : Clamp{-__builtin_inff(), __builtin_inff()};
   const auto add = [&](int expansion, int out, int stride) {
     add_block(batch, in, expansion, scaled(out, width), stride, size, final, buffers[from], buffers[1 - from]);
@@ -237,6 +238,7 @@ int main(int count, char** words) {
                  {},
                  {}};
     layers = v.prepare(words[1], batch, threads);
+    if (layers == 0) return std::fprintf(stderr, "%s knows no network %s\n", words[i], words[1]), 1;
     v.shares.resize(static_cast<size_t>(layers) + 1);
     v.times = v.shares;
     versions.push_back(v);

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -166,7 +167,8 @@ struct Block {
 
 }  // namespace
 
-EXPORT int prepare(int batch, int threads) {
+EXPORT int prepare(const char* network, int batch, int threads) {
+  if (std::strcmp(network, "v2") != 0) return 0;
   parallel = {threads > 1 ? shared : serial, threads};
   const float* x = numbers(int64_t{batch} * 32 * 112 * 112);
   std::vector<Block> blocks;

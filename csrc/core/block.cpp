@@ -87,7 +87,7 @@ Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   const int64_t reach = (d.kernel - 1) * a.dilation + 1;
   // Measured (csrc/TUNING.md), and flat around these values.
   constexpr int64_t kPixels = 98, kRing = 136 * 1024, kSums = 512 * 1024;
-  const int64_t kChunk = d.expand ? 168 : 320, kWhole = d.expand ? 192 : 320;  // channels
+  const int64_t kChunk = d.expand ? 168 : 192, kWhole = d.expand ? 192 : 320;  // channels
   Plan p;
 
   // Rows a group: enough pixels to make full register tiles, and to use a panel of weights often once it is in L1, but
