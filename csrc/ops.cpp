@@ -476,7 +476,7 @@ class Chain {
 // as long as this tensor. Numbers begin anywhere, so that a tensor of another process finds nothing.
 class Chains {
  public:
-  Tensor add(std::unique_ptr<Chain> chain) {
+  Tensor add(std::shared_ptr<Chain> chain) {
     struct Owner {
       int64_t shown, number;  // the tensor's element, which anybody may write to, and what it was
     };
@@ -492,13 +492,14 @@ class Chains {
     owner.release();
     return tensor;
   }
-  Chain& find(const Tensor& tensor) {
+  // Shared: the tensor may be a copy, and the one that the chain lives by go meanwhile.
+  std::shared_ptr<Chain> find(const Tensor& tensor) {
     check(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long && tensor.numel() == 1,
           "chain must be what pack_chain returned, got a tensor of shape ", shape_of(tensor));
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = chains_.find(*static_cast<const int64_t*>(tensor.const_data_ptr()));
     check(found != chains_.end(), "chain must be what pack_chain returned in this process, and not be gone");
-    return *found->second;
+    return found->second;
   }
 
   // Never destroyed: tensors may be released after the destructors of globals have run.
@@ -509,7 +510,7 @@ class Chains {
 
  private:
   void remove(int64_t number) {
-    std::unique_ptr<Chain> removed;  // its tensors are released without the lock
+    std::shared_ptr<Chain> removed;  // its tensors are released without the lock
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = chains_.find(number);
     removed = std::move(found->second);
@@ -517,12 +518,12 @@ class Chains {
   }
 
   std::mutex mutex_;
-  std::unordered_map<int64_t, std::unique_ptr<Chain>> chains_;
+  std::unordered_map<int64_t, std::shared_ptr<Chain>> chains_;
   int64_t next_ = static_cast<int64_t>(std::random_device()()) << 30;
 };
 
 Tensor pack_chain(std::vector<Tensor> packed, std::vector<int64_t> steps) {
-  return Chains::all().add(std::make_unique<Chain>(std::move(packed), steps));
+  return Chains::all().add(std::make_shared<Chain>(std::move(packed), steps));
 }
 
 // Where the steps of a chain leave their images: one of two buffers that stay, in turns; if they are large, memory that
@@ -562,9 +563,9 @@ Tensor for_chain(const Tensor& x, const Chain& chain) {
 }
 
 Tensor chain_packed(Tensor x_given, Tensor chain_given) {
-  Chain& chain = Chains::all().find(chain_given);
-  const Tensor x = for_chain(x_given, chain);
-  const auto calls = chain.calls(images_of(x));
+  const auto chain = Chains::all().find(chain_given);
+  const Tensor x = for_chain(x_given, *chain);
+  const auto calls = chain->calls(images_of(x));
   const Images out = calls->output();
   Tensor y = empty_image(out.batch, out.channels, out.height, out.width, out.type);
   Between between;
@@ -574,9 +575,9 @@ Tensor chain_packed(Tensor x_given, Tensor chain_given) {
 
 // A whole network: the chain's images, their means over all pixels, and the classifier on these.
 Tensor chain_classify(Tensor x_given, Tensor chain_given, Tensor weight, OptionalTensor bias) {
-  Chain& chain = Chains::all().find(chain_given);
-  const Tensor x = for_chain(x_given, chain);
-  const auto calls = chain.calls(images_of(x));
+  const auto chain = Chains::all().find(chain_given);
+  const Tensor x = for_chain(x_given, *chain);
+  const auto calls = chain->calls(images_of(x));
   const Images images = calls->output();
   Between between;
   mbv2::PoolArgs a = {};

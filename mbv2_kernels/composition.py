@@ -168,7 +168,9 @@ def _matched(
     definition = _definition(function, method)
     arguments = definition.args
     names = [argument.arg for argument in arguments.args]
-    if names[:1] != ["self"] or names[2:] != [*options] or arguments.vararg or arguments.kwonlyargs or arguments.kwarg:
+    if len(names) != 2 + len(options) or names[0] != "self" or names[2:] != [*options]:
+        return None
+    if arguments.posonlyargs or arguments.vararg or arguments.kwonlyargs or arguments.kwarg:
         return None
     if definition.decorator_list or any(function.__globals__.get(name) is not m for name, m in modules.items()):
         return None
