@@ -11,6 +11,7 @@
 #include <string>
 
 #include "core/block.h"
+#include "core/conv.h"
 
 namespace mbv2 {
 
@@ -109,6 +110,17 @@ inline void check_geometry(int64_t stride, int64_t padding, int64_t dilation) {
   check(stride >= 1 && stride <= kMost, "stride must be at least 1, got ", stride);
   check(dilation >= 1 && dilation <= kMost, "dilation must be at least 1, got ", dilation);
   check(padding >= -1 && padding <= kMost, "padding must be at least 0, or -1 for 'same', got ", padding);
+}
+
+// Of a dense convolution whose kernel, batch, height and width are set: stride, padding and the output's size.
+template <class Shape>
+void set_geometry(ConvArgs* conv, const Shape& shape, int64_t stride, int64_t padding) {
+  check_geometry(stride, padding, 1);
+  conv->stride = stride;
+  conv->out_height = out_size(conv->height, conv->dims.kernel, stride, padding, 1, &conv->pad_top);
+  conv->out_width = out_size(conv->width, conv->dims.kernel, stride, padding, 1, &conv->pad_left);
+  check(conv->batch == 0 || (conv->out_height > 0 && conv->out_width > 0), "x of shape ", shape,
+        " is smaller than the kernel with its padding");
 }
 
 }  // namespace mbv2

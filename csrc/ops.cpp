@@ -302,20 +302,15 @@ ConvCall conv_call(const Images& x, const Tensor& packed, int64_t out_channels, 
                    int64_t padding, Clamp activation) {
   check(kernel_size >= 1 && kernel_size <= mbv2::kMaxKernel, "kernel_size must be 1 to ", mbv2::kMaxKernel, ", got ",
         kernel_size);
-  check_geometry(stride, padding, 1);
   ConvCall call;
   mbv2::ConvArgs& a = call.args;
   a.dims = {x.channels, out_channels, static_cast<int>(kernel_size)};
-  a.stride = stride;
   a.activation = activation;
   storage_type(x.type, &a.dtype);
   a.batch = x.batch;
   a.height = x.height;
   a.width = x.width;
-  a.out_height = out_size(a.height, kernel_size, stride, padding, 1, &a.pad_top);
-  a.out_width = out_size(a.width, kernel_size, stride, padding, 1, &a.pad_left);
-  check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x),
-        " is smaller than the kernel with its padding");
+  mbv2::set_geometry(&a, shape_of(x), stride, padding);
   check(is_packed_array(packed) && mbv2::packed_conv_tier(static_cast<const float*>(packed.const_data_ptr()),
                                                           packed.numel(), a.dims, &call.tier),
         "packed does not hold this convolution's weights: pack them with pack_conv");

@@ -144,6 +144,13 @@ class Phase {
     a.shift3 = floats("shift3", shift3, {channels});
     a.final_activation = clamp_of("final_activation", final_activation);
   }
+  // gz = a3 * g3 + b3 * z + c3
+  void gradient(const Tensor& gy, const Tensor& a3, const Tensor& b3, const Tensor& c3) {
+    gradient(gy);
+    a.a3 = floats("a3", a3, {a.dims.out_channels});
+    a.b3 = floats("b3", b3, {a.dims.out_channels});
+    a.c3 = floats("c3", c3, {a.dims.out_channels});
+  }
   void gradient(const Tensor& gy) { a.gy = image("gy", gy, a.dims.out_channels, a.out_height, a.out_width); }
 
   void hidden(const Tensor& x, const OptionalTensor& w1, const OptionalTensor& b1, const Tensor& wd, int64_t stride,
@@ -299,11 +306,8 @@ std::tuple<Tensor, Tensor, Tensor> train_project_backward(Tensor gy, Tensor z, T
   p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
   p.project(d, scale2, shift2, w2);
   p.block_end(z, scale3, shift3, final_activation);
-  p.gradient(gy);
+  p.gradient(gy, a3, b3, c3);
   const int64_t hidden = wd.size(0), out = w2.size(0);
-  p.a.a3 = p.floats("a3", a3, {out});
-  p.a.b3 = p.floats("b3", b3, {out});
-  p.a.c3 = p.floats("c3", c3, {out});
   Tensor gw2 = needs[0] ? result({out, hidden}, {hidden, 1}, ScalarType::Float, &p.a.gw2) : none(ScalarType::Float);
   Tensor sum = needs[1] ? doubles(hidden, &p.a.sum) : none(ScalarType::Double);
   Tensor product = needs[1] ? doubles(hidden, &p.a.sum_product) : none(ScalarType::Double);
@@ -321,11 +325,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_depthwise_backward(
   p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
   p.project(d, scale2, shift2, w2);
   p.block_end(z, scale3, shift3, final_activation);
-  p.gradient(gy);
-  const int64_t in = x.size(1), hidden = wd.size(0), kernel = wd.size(2), out = w2.size(0);
-  p.a.a3 = p.floats("a3", a3, {out});
-  p.a.b3 = p.floats("b3", b3, {out});
-  p.a.c3 = p.floats("c3", c3, {out});
+  p.gradient(gy, a3, b3, c3);
+  const int64_t in = x.size(1), hidden = wd.size(0), kernel = wd.size(2);
   p.a.a2 = p.floats("a2", a2, {hidden});
   p.a.b2 = p.floats("b2", b2, {hidden});
   p.a.c2 = p.floats("c2", c2, {hidden});
@@ -400,7 +401,6 @@ std::tuple<Tensor, Tensor> train_pointwise_backward(Tensor gy, Tensor z, Tensor 
 WindowArgs window_args(WindowPhase phase, const Tensor& x, int64_t out_channels, int64_t kernel, int64_t stride,
                        int64_t padding) {
   check_tensor("x", x, 4);
-  check_geometry(stride, padding, 1);
   check(kernel >= 1 && kernel <= mbv2::kMaxKernel, "the kernel's size must be 1 to ", mbv2::kMaxKernel, ", got ",
         kernel);
   WindowArgs w = {};
@@ -410,12 +410,8 @@ WindowArgs window_args(WindowPhase phase, const Tensor& x, int64_t out_channels,
   a.batch = x.size(0);
   a.height = x.size(2);
   a.width = x.size(3);
-  a.stride = stride;
   mbv2::storage_type(x.scalar_type(), &a.dtype);
-  a.out_height = out_size(a.height, kernel, stride, padding, 1, &a.pad_top);
-  a.out_width = out_size(a.width, kernel, stride, padding, 1, &a.pad_left);
-  check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x),
-        " is smaller than the kernel with its padding");
+  mbv2::set_geometry(&a, shape_of(x), stride, padding);
   a.x = x.const_data_ptr();
   a.x_stride_image = x.stride(0);
   a.x_stride_channel = x.stride(1);

@@ -310,6 +310,21 @@ def _sums(x: Tensor, channels: int) -> Tensor:
 # ---- Autograd --------------------------------------------------------------------------------------------------------
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nobody has to see an op on it pass through the dispatcher, which costs as much as a small phase."""
+    return (
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(tensor.device.type)
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _is_last_derivative(grad: Tensor) -> bool:
+    """Whether no second one can follow: the ops of the backward are there to refuse it."""
+    return is_plain(grad) and not torch.is_grad_enabled()
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
@@ -323,10 +338,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     grads: list[Tensor | None] = [None] * _N_LEARNED
     if grad is not None:
         kept = ctx.saved_tensors  # once: checkpointing computes them anew at every access
-        # The op raises on a second derivative. Where none can follow, its way through the dispatcher is saved.
-        plain = type(grad) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        plain = plain and not torch.is_autocast_enabled(grad.device.type) and torch._C._get_tracing_state() is None
-        run = _train_block_backward if plain else _ops.train_block_backward
+        run = _train_block_backward if _is_last_derivative(grad) else _ops.train_block_backward
         needed = run(grad, *kept[: 1 + _N_BLOCK], *ctx.block, *kept[1 + _N_BLOCK :], learned)
         grads = [g if need else None for g, need in zip(needed, learned, strict=True)]
     grad_x, *rest = grads
@@ -348,7 +360,8 @@ def _layer_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | N
     if grad is not None:
         kept = ctx.saved_tensors
         inputs, saved = kept[:_N_LAYER_LEARNED], kept[_N_LAYER_LEARNED:]
-        needed = _ops.train_layer_backward(grad, *inputs, *ctx.layer, *saved, learned)
+        run = _train_layer_backward if _is_last_derivative(grad) else _ops.train_layer_backward
+        needed = run(grad, *inputs, *ctx.layer, *saved, learned)
         grads = [g if need else None for g, need in zip(needed, learned, strict=True)]
     return *grads, *(None,) * len(ctx.layer)
 
@@ -378,10 +391,11 @@ class TrainLayerFunction(torch.autograd.Function):
     """The same for `mbv2::train_layer`."""
 
     @staticmethod
-    def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return _train_layer(x, *args)
+    def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        output = _train_layer(x, *args)
+        _setup_layer_context(ctx, (x, *args), output)
+        return output
 
-    setup_context = staticmethod(_setup_layer_context)
     backward = staticmethod(_layer_backward)
 
 

@@ -261,7 +261,7 @@ def layer_forward(x: Tensor, layer: Layer, eps: float, config: LayerConfig, grou
     sums = _all_reduce((sum_x, gram, _pixels(x, sizes)), group)
     statistics, mean_x = phases.train_linear_statistics(_matrix(layer, x), *sums)
     w1, b1 = _folded_linear(phases, layer, eps, statistics, mean_x, x)
-    y = phases.train_window(x, w1, b1, *config)
+    y = phases.train_window(x, w1.view(layer.weight.shape), b1, *config)
     return y, SavedLayer(x.new_empty(0), statistics, mean_x, sum_x, gram)
 
 
@@ -291,27 +291,20 @@ def layer_backward(
     else:
         linear = _Linear(*saved[1:])
         w1, b1 = _folded_linear(phases, layer, eps, saved.statistics, saved.mean_x, x)
-        t, sum_g = phases.train_window_backward(grad, x, w1, b1, *config)
+        kernel = w1.view(layer.weight.shape)
+        t, sum_g = phases.train_window_backward(grad, x, kernel, b1, *config)
         sums = _linear_sums(phases, linear, layer, t, sum_g, group, x)
-        *grads[1:], _, _ = _linear_backward(phases, linear, layer, eps, w1.flatten(1), t, sums, x)
+        *grads[1:], _, _ = _linear_backward(phases, linear, layer, eps, w1, t, sums, x)
         if need_x:
             a, b, c, *_ = phases.train_norm_backward(norm.statistics, norm.gamma, eps, *sums)
             weight = _kernel_weight(layer, x)
-            grads[0] = training_reference.window_input_backward(grad, x, weight, w1, b1, a, b, c, *config)
+            grads[0] = training_reference.window_input_backward(grad, x, weight, kernel, b1, a, b, c, *config)
     return _for_leaves(grads, layer[:4], needs)
 
 
 def is_pointwise(weight: Tensor, config: LayerConfig) -> bool:
     """Whether a dense convolution's output pixels see one pixel each, and all are seen."""
     return weight.shape[-1] == 1 and config.stride == 1 and config.padding <= 0
-
-
-def _folded_linear(
-    phases: Any, layer: Layer, eps: float, statistics: Tensor, mean_x: Tensor, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """w1 [C, Cin, k, k] and b1 [C] of the phases of windows."""
-    w1, b1 = phases.train_fold_expand(_matrix(layer, x), *_norm(layer, eps, statistics, x), mean_x)
-    return w1.view(layer.weight.shape), b1
 
 
 def _linear_sums(
@@ -405,10 +398,15 @@ def _norm(layer: Layer, eps: float, statistics: Tensor, x: Tensor) -> _Norm:
 def _folded_expand(
     phases: Any, expand: Layer | None, eps: float, statistics: Tensor, mean_x: Tensor, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """w1 [C, Cin] and b1 [C] of the phases: the expand layer with its BatchNorm."""
-    if expand is None:
-        return None, None
-    return phases.train_fold_expand(_matrix(expand, x), *_norm(expand, eps, statistics, x), mean_x)
+    """`_folded_linear` of the expand layer, None without one."""
+    return (None, None) if expand is None else _folded_linear(phases, expand, eps, statistics, mean_x, x)
+
+
+def _folded_linear(
+    phases: Any, layer: Layer, eps: float, statistics: Tensor, mean_x: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """w1 [C, Cin] and b1 [C] of the phases: a linear layer with its BatchNorm."""
+    return phases.train_fold_expand(_matrix(layer, x), *_norm(layer, eps, statistics, x), mean_x)
 
 
 def _matrix(layer: Layer, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import reference
-from ._training_registrations import TrainBlockFunction, TrainLayerFunction
+from ._training_registrations import TrainBlockFunction, TrainLayerFunction, is_plain
 from .backends import BlockConfig, LayerConfig
 from .fold import BlockTensors, Eps, Layer
 
@@ -69,8 +69,7 @@ def train_layer(x: Tensor, layer: ConvNorm, tensors: Layer, eps: float, config: 
 
 def _apply(function: type[torch.autograd.Function], op: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """What runs a step on x: the Function spares plain eager tensors the dispatcher's way through autograd."""
-    plain = type(x) is Tensor and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
-    return function.apply if plain and torch._C._get_tracing_state() is None else op
+    return function.apply if is_plain(x) else op
 
 
 def without_running_statistics(tensors: _Tensors, batch: Sequence[bool]) -> _Tensors:
