@@ -40,7 +40,7 @@ using namespace mbv2;
 
 namespace {
 
-constexpr Tier kTier = Tier::avx2;
+const Tier kTier = active_tier();  // the fastest that this version was built with and this machine has
 
 struct Layer {
   std::string name;

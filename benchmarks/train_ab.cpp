@@ -18,7 +18,7 @@ using namespace mbv2;
 
 namespace {
 
-constexpr Tier kTier = Tier::avx2;
+const Tier kTier = active_tier();  // as in core_ab.cpp
 constexpr const char* kNames[] = {
     "gram",          "depthwise", "project", "finish", "finish_backward", "project_backward", "depthwise_backward",
     "input_backward"};
