@@ -13,6 +13,8 @@ namespace mbv2 {
 namespace {
 
 struct V {
+  using Real = float;
+  static constexpr DType dtype = DType::f32;
   typedef float T __attribute__((vector_size(16)));  // GCC's and Clang's: any target, in what registers it has
   static constexpr int width = 4;
   static constexpr int kMaxPanel = 2;
@@ -106,6 +108,8 @@ struct V {
 };
 
 #include "tile_generic.h"
+
+#include "storage_generic.h"
 
 #include "block_generic.h"
 #include "conv_generic.h"

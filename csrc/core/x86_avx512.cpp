@@ -13,6 +13,8 @@ namespace mbv2 {
 namespace {
 
 struct V {
+  using Real = float;
+  static constexpr DType dtype = DType::f32;
   using T = __m512;
   static constexpr int width = 16;
   static constexpr int kMaxPanel = 4;
@@ -71,6 +73,8 @@ struct V {
 };
 
 #include "tile_generic.h"
+
+#include "storage_generic.h"
 
 #include "block_generic.h"
 #include "conv_generic.h"
