@@ -51,20 +51,22 @@ struct Depthwise {
   Clamp clamp;
 };
 
-// `Count` neighbouring outputs, one vector of channels. Each loaded pixel serves all the taps of a row that it takes
-// part in. Every Kernel-th column in turn: that is one multiply-add for each output, so that none waits for its last.
-template <int Kernel, int Stride, int Count>
-ALWAYS_INLINE void depthwise_run(const Real* const* rows, int64_t at, int64_t pitch, const Real* weights,
-                                 const Real* bias, V::T lo, V::T hi, Real* out, int64_t out_pitch) {
-  V::T acc[Count];
+// Height x Width neighbouring outputs, one vector of channels. Each loaded pixel serves all the taps that it takes part
+// in. Every Kernel-th column in turn: that is one multiply-add for each output, so that none waits for its last.
+template <int Kernel, int Stride, int Height, int Width>
+ALWAYS_INLINE void depthwise_patch(const Real* const* rows, int64_t at, int64_t pitch, const Real* weights,
+                                   const Real* bias, const Clamp& clamp, Real* out, int64_t out_row,
+                                   int64_t out_pitch) {
+  V::T acc[Height][Width], w[Kernel][Kernel];
   const V::T start = V::load(bias);
-  UNROLL for (int u = 0; u < Count; ++u) acc[u] = start;
-  UNROLL for (int dy = 0; dy < Kernel; ++dy) {
-    if (!rows[dy]) continue;
-    V::T w[Kernel];
-    UNROLL for (int t = 0; t < Kernel; ++t) w[t] = V::load(weights + (dy * Kernel + t) * V::width);
-    constexpr int kColumns = (Count - 1) * Stride + Kernel, kBases = (kColumns + 2) / 3;  // as in tile()
-    const Real* base[kBases] = {rows[dy] + at};
+  UNROLL for (int y = 0; y < Height; ++y) UNROLL for (int x = 0; x < Width; ++x) acc[y][x] = start;
+  UNROLL for (int r = 0; r < (Height - 1) * Stride + Kernel; ++r) {
+    if (r < Kernel) {
+      UNROLL for (int t = 0; t < Kernel; ++t) w[r][t] = V::load(weights + (r * Kernel + t) * V::width);
+    }
+    if (!rows[r]) continue;
+    constexpr int kColumns = (Width - 1) * Stride + Kernel, kBases = (kColumns + 2) / 3;  // as in tile()
+    const Real* base[kBases] = {rows[r] + at};
     UNROLL for (int i = 1; i < kBases; ++i) {
       KEEP(base[i - 1]);  // else a register for each column's offset is computed ahead, and does not stay in one
       base[i] = base[i - 1] + 3 * pitch;
@@ -72,14 +74,17 @@ ALWAYS_INLINE void depthwise_run(const Real* const* rows, int64_t at, int64_t pi
     UNROLL for (int first = 0; first < Kernel; ++first) {
       UNROLL for (int c = first; c < kColumns; c += Kernel) {
         const V::T pixel = V::load(base[c / 3] + (c % 3) * pitch);
-        UNROLL for (int u = 0; u < Count; ++u) {
-          const int t = c - u * Stride;
-          if (t >= 0 && t < Kernel) acc[u] = V::fma(pixel, w[t], acc[u]);
+        UNROLL for (int y = 0; y < Height; ++y) UNROLL for (int x = 0; x < Width; ++x) {
+          const int dy = r - y * Stride, dx = c - x * Stride;
+          if (dy >= 0 && dy < Kernel && dx >= 0 && dx < Kernel) acc[y][x] = V::fma(pixel, w[dy][dx], acc[y][x]);
         }
       }
     }
   }
-  UNROLL for (int u = 0; u < Count; ++u) V::store(out + u * out_pitch, V::clamp(acc[u], lo, hi));
+  const V::T lo = V::set(clamp.lo), hi = V::set(clamp.hi);
+  UNROLL for (int y = 0; y < Height; ++y) {
+    UNROLL for (int x = 0; x < Width; ++x) V::store(out + y * out_row + x * out_pitch, V::clamp(acc[y][x], lo, hi));
+  }
 }
 
 // Any stride, dilation, and columns in the padding: one output at a time. Kernel 0: any, too.
@@ -109,44 +114,57 @@ NOINLINE void depthwise_edge(const Depthwise& d, int64_t begin, int64_t end) {
   }
 }
 
-// `count` runs a row, from column `ox` on. A run goes down all rows of the group before the next begins, so that the
-// pixels that two output rows share are in L1 when the second needs them.
-template <int Kernel, int Stride, int Count>
-NOINLINE void depthwise_runs(const Depthwise& d, int64_t ox, int64_t count) {
-  const int64_t pitch = d.pitch, out_pitch = d.out_pitch;
-  const V::T lo = V::set(d.clamp.lo), hi = V::set(d.clamp.hi);
-  Real* out = d.out + ox * out_pitch;
+// `count` patches side by side, from output row `oy` and column `ox` on.
+template <int Kernel, int Stride, int Height, int Width>
+NOINLINE void depthwise_patches(const Depthwise& d, int64_t oy, int64_t ox, int64_t count) {
+  const Real* rows[(Height - 1) * Stride + Kernel];
+  UNROLL for (int y = 0; y < Height; ++y) UNROLL for (int dy = 0; dy < Kernel; ++dy) {
+    rows[y * Stride + dy] = d.rows[(oy + y) * Kernel + dy];
+  }
+  const int64_t pitch = d.pitch, out_pitch = d.out_pitch, out_row = d.out_width * out_pitch;
+  Real* out = d.out + oy * out_row + ox * out_pitch;
   int64_t at = (d.first_column + ox * Stride) * pitch;
-  for (int64_t i = count; i > 0; --i, at += Count * Stride * pitch, out += Count * out_pitch)
-    for (int64_t oy = 0; oy < d.group; ++oy) {
-      const Real* rows[Kernel];
-      UNROLL for (int dy = 0; dy < Kernel; ++dy) rows[dy] = d.rows[oy * Kernel + dy];
-      Real* to = out + oy * d.out_width * out_pitch;
-      for (int64_t v = 0; v < d.vectors; ++v)
-        depthwise_run<Kernel, Stride, Count>(rows, at + v * V::width, pitch,
-                                             d.weights + v * (Kernel * Kernel * V::width), d.bias + v * V::width, lo,
-                                             hi, to + v * V::width, out_pitch);
-    }
+  for (int64_t i = count; i > 0; --i, at += Width * Stride * pitch, out += Width * out_pitch)
+    for (int64_t v = 0; v < d.vectors; ++v)
+      depthwise_patch<Kernel, Stride, Height, Width>(
+          rows, at + v * V::width, pitch, d.weights + v * (Kernel * Kernel * V::width), d.bias + v * V::width, d.clamp,
+          out + v * V::width, out_row, out_pitch);
 }
 
-template <int Kernel, int Stride, int Count>
-ALWAYS_INLINE void depthwise_runs_of(int64_t run, const Depthwise& d, int64_t ox, int64_t count) {
-  if constexpr (Count >= 1) {
-    if (run == Count)
-      depthwise_runs<Kernel, Stride, Count>(d, ox, count);
+template <int Kernel, int Stride, int Height, int Width>
+ALWAYS_INLINE void depthwise_patches_of_width(int64_t width, const Depthwise& d, int64_t oy, int64_t ox,
+                                              int64_t count) {
+  if constexpr (Width >= 1) {
+    if (width == Width)
+      depthwise_patches<Kernel, Stride, Height, Width>(d, oy, ox, count);
     else
-      depthwise_runs_of<Kernel, Stride, Count - 1>(run, d, ox, count);
+      depthwise_patches_of_width<Kernel, Stride, Height, Width - 1>(width, d, oy, ox, count);
   }
 }
 
-// Columns [begin, end) whose taps all exist, in runs as equal as can be.
+// Columns [begin, end), whose taps all exist, in patches as equally wide as can be.
+template <int Kernel, int Stride, int Height>
+ALWAYS_INLINE void depthwise_patches_of_height(int64_t height, const Depthwise& d, int64_t oy, int64_t begin,
+                                               int64_t end) {
+  if constexpr (Height >= 1) {
+    if (height != Height) return depthwise_patches_of_height<Kernel, Stride, Height - 1>(height, d, oy, begin, end);
+    constexpr int kMax = V::kMaxPatch[Height];
+    const int64_t width = end - begin, count = ceil_div(width, kMax);
+    const int64_t low = width / count, longer = width % count;
+    if (longer) depthwise_patches_of_width<Kernel, Stride, Height, kMax>(low + 1, d, oy, begin, longer);
+    depthwise_patches_of_width<Kernel, Stride, Height, kMax>(low, d, oy, begin + longer * (low + 1), count - longer);
+  }
+}
+
 template <int Kernel, int Stride>
 static void depthwise_inner(const Depthwise& d, int64_t begin, int64_t end) {
-  constexpr int kMax = V::kMaxRun;
-  const int64_t width = end - begin, count = ceil_div(width, kMax);
-  const int64_t low = width / count, longer = width % count;
-  if (longer) depthwise_runs_of<Kernel, Stride, kMax>(low + 1, d, begin, longer);
-  depthwise_runs_of<Kernel, Stride, kMax>(low, d, begin + longer * (low + 1), count - longer);
+  constexpr int kMax = Kernel == 3 ? V::kMaxPatchHeight : 1;  // the weights of a larger kernel do not stay in registers
+  const int64_t count = ceil_div(d.group, kMax);
+  for (int64_t i = 0, oy = 0; i < count; ++i) {
+    const int64_t height = (d.group - oy) / (count - i);
+    depthwise_patches_of_height<Kernel, Stride, kMax>(height, d, oy, begin, end);
+    oy += height;
+  }
 }
 
 static void depthwise_rows(const Depthwise& d) {

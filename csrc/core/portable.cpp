@@ -20,7 +20,7 @@ struct V {
   static constexpr int kMaxPanel = 2;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 4, 4};
   static constexpr int kPairedPanel = 0;
-  static constexpr int kMaxRun = 4;
+  static constexpr int kMaxPatchHeight = 1, kMaxPatch[kMaxPatchHeight + 1] = {0, 4};
   static constexpr int kMaxBackwardRun = 4;
 
 #define V_INLINE static inline __attribute__((always_inline))

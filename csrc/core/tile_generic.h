@@ -125,7 +125,8 @@ ALWAYS_INLINE void tile(const Rows& a, const Real* b, int64_t ldb, const Epilogu
     UNROLL for (int i = 0; i < kBases; ++i) base[i] += to_next;
   }
   const auto& done = when_done(epilogue, 0);
-  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Step::results(Panel); ++j) {
+  constexpr int kResults = Step::results(Panel);
+  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < kResults; ++j) {
     done.store(i, j, Step::template result<Panel>(acc[i], j));
   }
 }

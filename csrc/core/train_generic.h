@@ -302,12 +302,12 @@ ALWAYS_INLINE void weight_gradient_3x3(const DepthwiseBackward3x3& r, int64_t ve
 }
 
 NOINLINE void depthwise_backward_3x3(const DepthwiseBackward3x3& r) {
-  const int64_t count = ceil_div(r.width, V::kMaxRun), low = r.width / count, longer = r.width % count;
+  const int64_t count = ceil_div(r.width, V::kMaxPatch[1]), low = r.width / count, longer = r.width % count;
   const Open open = r.open;
   for (int64_t v = 0; v < r.vectors; ++v) {
     V::T sum = V::set(0);
-    if (longer) transposed_3x3_runs_of<V::kMaxRun>(low + 1, r, open, 0, longer, v, &sum);
-    transposed_3x3_runs_of<V::kMaxRun>(low, r, open, longer * (low + 1), count - longer, v, &sum);
+    if (longer) transposed_3x3_runs_of<V::kMaxPatch[1]>(low + 1, r, open, 0, longer, v, &sum);
+    transposed_3x3_runs_of<V::kMaxPatch[1]>(low, r, open, longer * (low + 1), count - longer, v, &sum);
     float* sums = r.sums + v * V::width;
     V::store(sums, V::add(V::load(sums), sum));
     weight_gradient_3x3(r, v);

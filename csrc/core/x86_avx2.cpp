@@ -20,7 +20,8 @@ struct V {
   static constexpr int kMaxPanel = 3;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 6, 4};
   static constexpr int kPairedPanel = 0;
-  static constexpr int kMaxRun = 8;          // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
+  // Depthwise, patches of outputs: 8 accumulators, 3 or 5 weights, 1 pixel.
+  static constexpr int kMaxPatchHeight = 1, kMaxPatch[kMaxPatchHeight + 1] = {0, 8};
   static constexpr int kMaxBackwardRun = 6;  // 6 accumulators, 6 pixels of e, a weight and its sum, a pixel of gd
 
 #define V_INLINE static inline __attribute__((always_inline))

@@ -20,7 +20,8 @@ struct V {
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
   static constexpr int kPairedPanel = 3;
-  static constexpr int kMaxRun = 8;          // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
+  // Depthwise, patches of outputs: up to 16 accumulators, 9 weights, pixels.
+  static constexpr int kMaxPatchHeight = 4, kMaxPatch[kMaxPatchHeight + 1] = {0, 8, 7, 5, 4};
   static constexpr int kMaxBackwardRun = 8;  // 8 accumulators, 8 pixels of e, a weight and its sum, a pixel of gd
 
 #define V_INLINE static inline __attribute__((always_inline))
