@@ -32,12 +32,12 @@ struct ConvArgs {
 struct ConvLayout {
   int vector, panel;
   int64_t out_padded;
-  int64_t w, b;  // offsets in floats
-  int64_t size;
+  int64_t w, b;  // offsets in numbers, as PackedLayout's
+  int64_t size;  // in floats
 };
 
 ConvLayout conv_layout(const ConvDims& dims, Tier tier);
-void pack_conv(const ConvDims& dims, const float* weight, const float* bias, Tier tier, float* packed);
+bool pack_conv(const ConvDims& dims, const float* weight, const float* bias, Tier tier, float* packed);
 bool packed_conv_tier(const float* packed, int64_t size, const ConvDims& dims, Tier* tier);
 
 void run_conv(const ConvArgs& args, Tier tier, const Parallel& parallel);
