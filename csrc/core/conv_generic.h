@@ -138,7 +138,7 @@ struct ConvWork {
   // down.
   static void product_in_parts(int64_t width, Rows left, int64_t rows, const Real* w, const Real* bias, Real* sums,
                                const Output<Own>& out) {
-    constexpr int64_t kDepth = 128;
+    constexpr int64_t kDepth = V::kPart ? 1 << 30 : 128;  // a tile has parts of its own
     const int64_t pitch = width * V::width, depth = left.depth;
     const int64_t parts = left.segments == 1 ? ceil_div(depth, kDepth) : 1;
     if (parts == 1) return product(width, left, rows, w, WriteOutput{{kZeros, bias, 0}, out});

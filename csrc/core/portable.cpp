@@ -17,6 +17,7 @@ struct V {
   static constexpr DType dtype = DType::f32;
   typedef float T __attribute__((vector_size(16)));  // GCC's and Clang's: any target, in what registers it has
   static constexpr int width = 4;
+  static constexpr int kPart = 0;
   static constexpr int kMaxPanel = 2;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 4, 4};
   static constexpr int kMaxRun = 4;

@@ -17,6 +17,7 @@ struct V {
   static constexpr DType dtype = DType::f32;
   using T = __m512;
   static constexpr int width = 16;
+  static constexpr int kPart = 0;
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
   static constexpr int kMaxRun = 8;          // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
