@@ -46,6 +46,10 @@ template <class Epilogue>
 ALWAYS_INLINE const Epilogue& when_done(const Epilogue& epilogue, long) {
   return epilogue;
 }
+template <class Epilogue>
+ALWAYS_INLINE auto done_of(const Epilogue& epilogue) {
+  return when_done(epilogue, 0);
+}
 
 // b: [segments * depth][ldb]. epilogue: start(j), store(row, j, value), and skip(rows) to go on to the next tile.
 template <int Height, int Panel, class Epilogue>
@@ -91,11 +95,6 @@ ALWAYS_INLINE void tile(const Rows& a, const Real* b, int64_t ldb, const Epilogu
   UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) done.store(i, j, acc[i][j]);
 }
 
-template <class Epilogue>
-ALWAYS_INLINE auto done_of(const Epilogue& epilogue) {
-  return when_done(epilogue, 0);
-}
-
 // The epilogues of a tile's parts, where V::kPart bounds how many products are added up in one go: short sums round off
 // less. The parts are added up in turn, in memory: all registers are the accumulators'.
 template <int Panel, class Epilogue>
@@ -129,6 +128,7 @@ struct LastPart {
   }
 };
 
+// tile(), in parts as equal as can be.
 template <int Height, int Panel, class Epilogue>
 ALWAYS_INLINE void tile_in_parts(const Rows& a, const Real* b, int64_t ldb, const Epilogue& epilogue) {
   if (V::kPart == 0 || (a.segments == 1 && a.depth <= V::kPart)) return tile<Height, Panel>(a, b, ldb, epilogue);
