@@ -4,7 +4,8 @@
 //   y[q][o] = act( b[o] + sum_{dy,dx,i} w[o][dy][dx][i] * x[stride*q + (dy,dx) - pad][i] )        (zero outside the
 //   image)
 //
-// x may have any strides (a camera's NCHW picture is read as it is); y is dense channels_last. fp32 arithmetic, or the fp16 tier's.
+// x may have any strides (a camera's NCHW picture is read as it is); y is dense channels_last. fp32 arithmetic, or the
+// fp16 tier's.
 #pragma once
 
 #include "block.h"

@@ -52,6 +52,10 @@ struct V {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
 
+  // As many 16-bit numbers as `from` has, then zeros.
+  V_INLINE void copy(const uint16_t* from, int has, uint16_t* to, int count) {
+    for (int i = 0; i < count; ++i) to[i] = i < has ? from[i] : 0;
+  }
   V_INLINE float from_bits(uint32_t bits) {
     float v;
     std::memcpy(&v, &bits, sizeof v);

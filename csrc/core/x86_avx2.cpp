@@ -49,6 +49,10 @@ struct V {
   V_INLINE T load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   V_INLINE void store(float* p, T v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 
+  // As many 16-bit numbers as `from` has, then zeros.
+  V_INLINE void copy(const uint16_t* from, int has, uint16_t* to, int count) {
+    for (int i = 0; i < count; ++i) to[i] = i < has ? from[i] : 0;
+  }
   V_INLINE T load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
