@@ -331,10 +331,24 @@ struct Item {
     depthwise_rows(p);
   }
 
-  // The panel of w2 that begins at output vector v, from channel `hidden` on.
+  // Vectors of output channels in the panel of w2 that begins at vector v, and numbers in it for a hidden channel.
+  ALWAYS_INLINE int64_t project_width(int64_t v) const { return min64(l.out_panel, l.out_padded / V::width - v); }
+  ALWAYS_INLINE int64_t project_step(int64_t v) const {
+    return l.out_pairs ? l.out_pairs * (V::width / 2) : project_width(v) * V::width;
+  }
+  // That panel, from channel `hidden` on.
   ALWAYS_INLINE const Real* project_weights(int64_t v, int64_t hidden) const {
-    const int64_t width = min64(l.out_panel, l.out_padded / V::width - v);
-    return packed + l.w2 + (v * a.dims.hidden_channels + hidden * width) * V::width;
+    return packed + l.w2 + v * V::width * a.dims.hidden_channels + hidden * project_step(v);
+  }
+
+  // A part of d times that part of w2 that begins at output vector v.
+  template <class Epilogue>
+  void project_product(const Rows& left, int64_t rows, int64_t v, const Real* w, const Epilogue& epilogue,
+                       const Fetch& fetch) const {
+    if (l.out_pairs)
+      paired_product(l.out_pairs, left, rows, w, epilogue, fetch);
+    else
+      product(project_width(v), left, rows, w, epilogue, fetch);
   }
 
   // What project() reads after a panel of w2: the panel that begins at output vector v, for the same `depth` hidden
@@ -347,8 +361,7 @@ struct Item {
       depth = min64(plan.chunk, min64(item.hidden_end, a.dims.hidden_channels) - hidden);
       if (depth <= 0) return {};
     }
-    const int64_t width = min64(l.out_panel, l.out_padded / V::width - v);
-    return {project_weights(v, hidden), depth * width * V::width * static_cast<int64_t>(sizeof(Real))};
+    return {project_weights(v, hidden), depth * project_step(v) * static_cast<int64_t>(sizeof(Real))};
   }
 
   // Output rows [begin, end), hidden channels [hidden, hidden + depth), all output channels: on top of `sums`, or of
@@ -360,13 +373,12 @@ struct Item {
     const bool by_row = write && a.residual && a.x_stride_row != a.width * a.x_stride_pixel;
     const int64_t step = by_row ? 1 : end - begin;
     for (int64_t v = 0; v < vectors; v += l.out_panel) {
-      const int64_t width = min64(l.out_panel, vectors - v);
       const Real* w = project_weights(v, hidden);
       const int64_t rest = a.dims.out_channels - v * V::width;
       const Real* bias = item.hidden_begin == 0 ? packed + l.b3 + v * V::width : kZeros;
       for (int64_t row = begin; row < end; row += step) {
         const int64_t at = (row - begin) * a.out_width, rows = step * a.out_width;
-        const Real* from = d + at * plan.chunk;
+        const Rows left{d + at * plan.chunk, plan.chunk, depth};
         Real* to = sums + at * l.out_padded + v * V::width;
         Fetch fetch = {};
         if (v == 0 && row == begin && fetch_input.bytes)
@@ -375,19 +387,18 @@ struct Item {
           fetch = next_panel(v + l.out_panel, hidden, depth);
         const Sums start{first ? bias : kZeros, first ? nullptr : to, l.out_padded};
         if constexpr (kDirect) {
-          if (write && first && !a.residual && !bounds(a.final_activation) && rest >= width * V::width) {
+          if (write && first && !a.residual && !bounds(a.final_activation) && rest >= project_width(v) * V::width) {
             // The only chunk, and nothing but its sums: whole vectors of them go where y wants them.
             Real* to_y = reinterpret_cast<Real*>(y) + row * a.out_width * a.dims.out_channels + v * V::width;
-            product(width, {from, plan.chunk, depth}, rows, w, KeepSum{{bias, nullptr, a.dims.out_channels}, to_y},
-                    fetch);
+            project_product(left, rows, v, w, KeepSum{{bias, nullptr, a.dims.out_channels}, to_y}, fetch);
             continue;
           }
           if (write) {
-            product(width, {from, plan.chunk, depth}, rows, w, WriteOutput{start, output_rows(row, v)}, fetch);
+            project_product(left, rows, v, w, WriteOutput{start, output_rows(row, v)}, fetch);
             continue;
           }
         }
-        product(width, {from, plan.chunk, depth}, rows, w, KeepSum{start, to}, fetch);
+        project_product(left, rows, v, w, KeepSum{start, to}, fetch);
       }
     }
     if (!kDirect && write) write_rows(begin, end, sums, 1, 0);

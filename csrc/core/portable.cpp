@@ -20,6 +20,7 @@ struct V {
   static constexpr int kPart = 0;
   static constexpr int kMaxPanel = 2;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 4, 4};
+  static constexpr int kPairedPanel = 0;
   static constexpr int kMaxRun = 4;
   static constexpr int kMaxBackwardRun = 4;
 
@@ -125,9 +126,22 @@ struct V {
 }  // namespace
 
 extern const TierKernels kernels_portable;
-const TierKernels kernels_portable = {V::width,    V::kMaxPanel,         scratch_floats,  work,
-                                      finish,      conv_scratch_floats,  conv_work,       linear_work,
-                                      pool_work,   train_scratch_floats, train_work,      window_scratch_floats,
-                                      window_work, multiply<double>,     multiply<float>, fma_chains};
+const TierKernels kernels_portable = {V::width,
+                                      V::kMaxPanel,
+                                      V::kPairedPanel,
+                                      scratch_floats,
+                                      work,
+                                      finish,
+                                      conv_scratch_floats,
+                                      conv_work,
+                                      linear_work,
+                                      pool_work,
+                                      train_scratch_floats,
+                                      train_work,
+                                      window_scratch_floats,
+                                      window_work,
+                                      multiply<double>,
+                                      multiply<float>,
+                                      fma_chains};
 
 }  // namespace mbv2

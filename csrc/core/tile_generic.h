@@ -6,7 +6,7 @@
 //
 // V offers: Real (what is computed in), dtype (Real's name as storage), T (a register of them), width, the height
 // limits of its register tiles (kMaxRows[panel]), load/store, broadcast, fma, clamp. The order of operands in V::clamp
-// decides whether NaN survives: it must.
+// decides whether NaN survives: it must. Where V::kPairedPanel is not 0, also what Steps below takes for pairs.
 //
 // No #pragma once: included once a tier.
 
@@ -51,15 +51,56 @@ ALWAYS_INLINE auto done_of(const Epilogue& epilogue) {
   return when_done(epilogue, 0);
 }
 
-// b: [segments * depth][ldb]. epilogue: start(j), store(row, j, value), and skip(rows) to go on to the next tile.
-template <int Height, int Panel, class Epilogue>
-ALWAYS_INLINE void tile(const Rows& a, const Real* b, int64_t ldb, const Epilogue& epilogue) {
-  V::T acc[Height][Panel];
-  UNROLL for (int j = 0; j < Panel; ++j) {
-    const V::T start = epilogue.start(j);
-    UNROLL for (int i = 0; i < Height; ++i) acc[i][j] = start;
+// A vector of weights: as many output channels as it has lanes, for one step of the depth; or, paired, half as many for
+// two steps, so that 24 channels are three whole vectors. Pixels are broadcast in twos then, lanes 2s and 2s + 1 sum up
+// one channel's even and odd steps, and the two come together when the tile is done. Which lanes a channel has is
+// pack's and V's affair (`pack_pairs`): the results come in order.
+template <bool Paired, class W = V>
+struct Steps {
+  static constexpr int kDepth = 1;
+  static constexpr int results(int panel) { return panel; }  // vectors of results
+  static ALWAYS_INLINE V::T broadcast(const Real* p) { return V::broadcast(p); }
+  template <int Panel, class Epilogue>
+  static ALWAYS_INLINE void start(const Epilogue& epilogue, V::T* acc) {
+    UNROLL for (int j = 0; j < Panel; ++j) acc[j] = epilogue.start(j);
   }
-  const int64_t lda = a.stride, depth = a.depth, to_next = a.step - depth;
+  template <int Panel>
+  static ALWAYS_INLINE V::T result(const V::T* acc, int j) {
+    return acc[j];
+  }
+};
+template <class W>
+struct Steps<true, W> {
+  static constexpr int kDepth = 2;
+  static constexpr int results(int panel) { return (panel + 1) / 2; }
+  static ALWAYS_INLINE V::T broadcast(const Real* p) { return W::broadcast_pair(p); }
+  template <int Panel, class Epilogue>
+  static ALWAYS_INLINE void start(const Epilogue& epilogue, V::T* acc) {
+    UNROLL for (int j = 0; j < Panel; j += 2) {
+      const V::T sums = epilogue.start(j / 2);
+      if (j + 1 == Panel) {
+        acc[j] = W::pairs(sums);
+      } else {
+        acc[j] = W::first_pairs(sums);
+        acc[j + 1] = W::second_pairs(sums);
+      }
+    }
+  }
+  template <int Panel>
+  static ALWAYS_INLINE V::T result(const V::T* acc, int j) {
+    return 2 * j + 1 == Panel ? W::pair_sums(acc[2 * j]) : W::pair_sums(acc[2 * j], acc[2 * j + 1]);
+  }
+};
+
+// b: [segments * depth][ldb], or paired [depth / 2][ldb] in one segment. epilogue: start(j), store(row, j, value), and
+// skip(rows) to go on to the next tile.
+template <bool Paired, int Height, int Panel, class Epilogue>
+ALWAYS_INLINE void tile(const Rows& a, const Real* b, int64_t ldb, const Epilogue& epilogue) {
+  using Step = Steps<Paired>;
+  V::T acc[Height][Panel];
+  Step::template start<Panel>(epilogue, acc[0]);
+  UNROLL for (int i = 1; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = acc[0][j];
+  const int64_t lda = a.stride, depth = a.depth / Step::kDepth, to_next = a.step - a.depth;
   // One pointer for every three rows: x86 addresses the other two as base + lda and base + 2 * lda, which keeps a tall
   // tile's row addresses within the general registers.
   constexpr int kBases = (Height + 2) / 3;
@@ -72,27 +113,30 @@ ALWAYS_INLINE void tile(const Rows& a, const Real* b, int64_t ldb, const Epilogu
         V::T w[Panel];
         UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + u * ldb + j * V::width);
         UNROLL for (int i = 0; i < Height; ++i) {
-          const V::T p = V::broadcast(base[i / 3] + (i % 3) * lda + u);
+          const V::T p = Step::broadcast(base[i / 3] + (i % 3) * lda + u * Step::kDepth);
           UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::fma(p, w[j], acc[i][j]);
         }
       }
       b += 4 * ldb;
-      UNROLL for (int i = 0; i < kBases; ++i) base[i] += 4;
+      UNROLL for (int i = 0; i < kBases; ++i) base[i] += 4 * Step::kDepth;
     }
     for (; k > 0; --k) {
       V::T w[Panel];
       UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + j * V::width);
       UNROLL for (int i = 0; i < Height; ++i) {
-        const V::T p = V::broadcast(base[i / 3] + (i % 3) * lda);
+        const V::T p = Step::broadcast(base[i / 3] + (i % 3) * lda);
         UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::fma(p, w[j], acc[i][j]);
       }
       b += ldb;
-      UNROLL for (int i = 0; i < kBases; ++i) base[i] += 1;
+      UNROLL for (int i = 0; i < kBases; ++i) base[i] += Step::kDepth;
     }
     UNROLL for (int i = 0; i < kBases; ++i) base[i] += to_next;
   }
   const auto& done = when_done(epilogue, 0);
-  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) done.store(i, j, acc[i][j]);
+  constexpr int kResults = Step::results(Panel);
+  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < kResults; ++j) {
+    done.store(i, j, Step::template result<Panel>(acc[i], j));
+  }
 }
 
 // The epilogues of a tile's parts, where V::kPart bounds how many products are added up in one go: short sums round off
@@ -128,24 +172,27 @@ struct LastPart {
   }
 };
 
-// tile(), in parts as equal as can be.
-template <int Height, int Panel, class Epilogue>
+// tile(), in parts of whole rounds of its loop, as equal as can be.
+template <bool Paired, int Height, int Panel, class Epilogue>
 ALWAYS_INLINE void tile_in_parts(const Rows& a, const Real* b, int64_t ldb, const Epilogue& epilogue) {
-  if (V::kPart == 0 || (a.segments == 1 && a.depth <= V::kPart)) return tile<Height, Panel>(a, b, ldb, epilogue);
+  if (V::kPart == 0 || (a.segments == 1 && a.depth <= V::kPart))
+    return tile<Paired, Height, Panel>(a, b, ldb, epilogue);
   if constexpr (V::kPart > 0) {
+    constexpr int kDepth = Steps<Paired>::kDepth;
     alignas(64) Real totals[Height * Panel * V::width];
-    const int64_t most = ceil_div(ceil_div(a.depth, ceil_div(a.depth, V::kPart)), 4) * 4;  // whole rounds of tile()
+    const int64_t round = 4 * kDepth, most = ceil_div(ceil_div(a.depth, ceil_div(a.depth, V::kPart)), round) * round;
     Rows part = a;
     part.segments = 1;
     bool first = true;
     for (int64_t segment = 1;; ++segment) {
       part.first = a.first + (segment - 1) * a.step;
-      for (int64_t rest = a.depth; rest > 0; rest -= most, part.first += most, b += part.depth * ldb, first = false) {
+      for (int64_t rest = a.depth; rest > 0;
+           rest -= most, part.first += most, b += part.depth / kDepth * ldb, first = false) {
         part.depth = min64(rest, most);
         if (segment == a.segments && rest <= most) {
-          return tile<Height, Panel>(part, b, ldb, LastPart<Panel, Epilogue>{epilogue, totals});
+          return tile<Paired, Height, Panel>(part, b, ldb, LastPart<Panel, Epilogue>{epilogue, totals});
         }
-        tile<Height, Panel>(part, b, ldb, Part<Panel, Epilogue>{epilogue, first, totals});
+        tile<Paired, Height, Panel>(part, b, ldb, Part<Panel, Epilogue>{epilogue, first, totals});
       }
     }
   }
@@ -168,32 +215,32 @@ struct FetchTile {
 // `count` tiles of the same height below each other, from row `row` on. Where the depth is short (16 in MobileNetV2's
 // second block) what a tile does besides multiplying counts: few calls, and pointers that step instead of being
 // computed anew.
-template <int Height, int Panel, class Epilogue>
+template <bool Paired, int Height, int Panel, class Epilogue>
 NOINLINE void tiles(Rows a, int64_t row, int64_t count, const Real* b, int64_t ldb, FetchTile fetch,
                     Epilogue epilogue) {
   a.first += row * a.stride;
   epilogue.skip(row);
   for (; count > 0; --count) {
     fetch();
-    tile_in_parts<Height, Panel>(a, b, ldb, epilogue);
+    tile_in_parts<Paired, Height, Panel>(a, b, ldb, epilogue);
     a.first += Height * a.stride;
     epilogue.skip(Height);
   }
 }
 
-template <int Panel, int Height, class Epilogue>
+template <bool Paired, int Panel, int Height, class Epilogue>
 ALWAYS_INLINE void tiles_of_height(int64_t height, const Rows& a, int64_t row, int64_t count, const Real* b,
                                    int64_t ldb, const FetchTile& fetch, const Epilogue& epilogue) {
   if constexpr (Height >= 1) {
     if (height == Height)
-      tiles<Height, Panel, Epilogue>(a, row, count, b, ldb, fetch, epilogue);
+      tiles<Paired, Height, Panel, Epilogue>(a, row, count, b, ldb, fetch, epilogue);
     else
-      tiles_of_height<Panel, Height - 1, Epilogue>(height, a, row, count, b, ldb, fetch, epilogue);
+      tiles_of_height<Paired, Panel, Height - 1, Epilogue>(height, a, row, count, b, ldb, fetch, epilogue);
   }
 }
 
 // All `rows` rows against one panel, in tiles as equal as can be: 14 rows are 5 + 5 + 4, not 6 + 6 + 2.
-template <int Panel, class Epilogue>
+template <bool Paired, int Panel, class Epilogue>
 ALWAYS_INLINE void panel_product(const Rows& a, int64_t rows, const Real* b, int64_t ldb, const Fetch& fetch,
                                  const Epilogue& epilogue) {
   const int64_t count = (rows + V::kMaxRows[Panel] - 1) / V::kMaxRows[Panel];
@@ -201,26 +248,31 @@ ALWAYS_INLINE void panel_product(const Rows& a, int64_t rows, const Real* b, int
   const int64_t low = rows / count, tall = rows % count;
   const int64_t lines = (fetch.bytes / 64 + count - 1) / count;
   const char* next = static_cast<const char*>(fetch.next);
-  if (tall) tiles_of_height<Panel, V::kMaxRows[Panel]>(low + 1, a, 0, tall, b, ldb, {next, lines}, epilogue);
-  tiles_of_height<Panel, V::kMaxRows[Panel]>(low, a, tall * (low + 1), count - tall, b, ldb,
-                                             {next + tall * lines * 64, lines}, epilogue);
+  if (tall) tiles_of_height<Paired, Panel, V::kMaxRows[Panel]>(low + 1, a, 0, tall, b, ldb, {next, lines}, epilogue);
+  tiles_of_height<Paired, Panel, V::kMaxRows[Panel]>(low, a, tall * (low + 1), count - tall, b, ldb,
+                                                     {next + tall * lines * 64, lines}, epilogue);
 }
 
-// The product with a panel of `width` vectors: b is [segments * depth][width][V::width].
-template <int Panel, class Epilogue>
+// The product with a panel of `width` vectors: b is [segments * depth][width][V::width], or paired [depth / 2].
+template <bool Paired, int Panel, class Epilogue>
 ALWAYS_INLINE void product_of_width(int64_t width, const Rows& a, int64_t rows, const Real* b, const Fetch& fetch,
                                     const Epilogue& epilogue) {
   if constexpr (Panel >= 1) {
     if (width == Panel)
-      panel_product<Panel, Epilogue>(a, rows, b, Panel * V::width, fetch, epilogue);
+      panel_product<Paired, Panel, Epilogue>(a, rows, b, Panel * V::width, fetch, epilogue);
     else
-      product_of_width<Panel - 1, Epilogue>(width, a, rows, b, fetch, epilogue);
+      product_of_width<Paired, Panel - 1, Epilogue>(width, a, rows, b, fetch, epilogue);
   }
 }
 template <class Epilogue>
 NOINLINE void product(int64_t width, const Rows& a, int64_t rows, const Real* b, const Epilogue& epilogue,
                       const Fetch& fetch = {}) {
-  product_of_width<V::kMaxPanel, Epilogue>(width, a, rows, b, fetch, epilogue);
+  product_of_width<false, V::kMaxPanel, Epilogue>(width, a, rows, b, fetch, epilogue);
+}
+template <class Epilogue>
+NOINLINE void paired_product(int64_t width, const Rows& a, int64_t rows, const Real* b, const Epilogue& epilogue,
+                             const Fetch& fetch = {}) {
+  product_of_width<true, V::kPairedPanel, Epilogue>(width, a, rows, b, fetch, epilogue);
 }
 
 // As many floats as hold so many numbers.

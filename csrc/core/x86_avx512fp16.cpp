@@ -17,6 +17,7 @@ struct V {
   static constexpr int kPart = 40;
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
+  static constexpr int kPairedPanel = 0;
   static constexpr int kMaxRun = 8;  // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
 
 #define V_INLINE static inline __attribute__((always_inline))
@@ -66,7 +67,8 @@ static bool narrow(const float* from, int64_t count, void* to) {
 
 extern const TierKernels kernels_avx512fp16;
 const TierKernels kernels_avx512fp16 = {
-    V::width, V::kMaxPanel, scratch_floats, work,    finish,  conv_scratch_floats, conv_work, nullptr, nullptr, nullptr,
-    nullptr,  nullptr,      nullptr,        nullptr, nullptr, fma_chains,          narrow};
+    V::width,  V::kMaxPanel, V::kPairedPanel, scratch_floats, work,    finish,  conv_scratch_floats,
+    conv_work, nullptr,      nullptr,         nullptr,        nullptr, nullptr, nullptr,
+    nullptr,   nullptr,      fma_chains,      narrow};
 
 }  // namespace mbv2
