@@ -345,8 +345,9 @@ struct Output {
   }
 };
 
+template <class Storage>
 struct WriteOutput : Sums {
-  Output<Own> output;
+  Output<Storage> output;
   ALWAYS_INLINE void store(int64_t row, int j, V::T v) const { output.write(row, j, total(row, j, v)); }
   ALWAYS_INLINE void skip(int64_t rows) {
     Sums::skip(rows);
