@@ -27,12 +27,21 @@ LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "dar
 
 PROBE_CXX17 = "#include <optional>\nint main() { if constexpr (true) return std::optional<int>(0).value(); }"
 # The assembler has to know the tier's instructions too, so make the compiler emit a few.
-PROBE_TIER = "typedef float V __attribute__((vector_size(64)));\nvoid f(V* a, V* b) { *a = *a * *b + *b; }"
+PROBE_TIER = """
+#ifdef __AVX512FP16__
+typedef _Float16 V __attribute__((vector_size(64)));
+#else
+typedef float V __attribute__((vector_size(64)));
+#endif
+void f(V* a, V* b) { *a = *a * *b + *b; }
+"""
 
 
 def tier_features() -> dict[str, list[str]]:
     """Tier name -> the compiler features it is built with, from core/kernels.inc."""
-    lines = re.findall(r'^MBV2_TIER\((\w+), "(.*)"\)$', (ROOT / "csrc/core/kernels.inc").read_text(), re.MULTILINE)
+    lines = re.findall(
+        r'^MBV2_(?:FP16_)?TIER\((\w+), "(.*)"\)$', (ROOT / "csrc/core/kernels.inc").read_text(), re.MULTILINE
+    )
     return {tier: features.split() for tier, features in lines}
 
 

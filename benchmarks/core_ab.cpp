@@ -8,7 +8,8 @@
 //                ./core_ab NETWORK BATCH THREADS SECONDS ./BEFORE.so ./AFTER.so
 //
 // NETWORK: v1 or v2 (MobileNetV1, V2), then, if they are others, size, width and storage: v2,224,1.0,f32. Storage is
-// f32 or bf16.
+// f32, bf16, f16 or fp16: the last computes in fp16 too, in the tier for that. NAME.so:fp16 is a version with a storage
+// of its own; to compare two of one version, copy it.
 //
 // A core of a shared machine runs at half its speed while a neighbor is busy on its other hardware thread. So before
 // and after each layer a few microseconds of nothing but multiply-adds are timed: a layer's share of the peak is its
@@ -40,7 +41,8 @@ using namespace mbv2;
 
 namespace {
 
-const Tier kTier = active_tier();  // the fastest that this version was built with and this machine has
+const Tier kActive = active_tier();  // the fastest that this version was built with and this machine has
+Tier tier = kActive;
 
 struct Layer {
   std::string name;
@@ -85,8 +87,8 @@ void add_conv(int batch, int in, int out, int kernel, int stride, int size, cons
   a.x_stride_row = a.x_stride_pixel * size;
   a.x_stride_image = in * size * size;
   a.y = y;
-  float* packed = memory_for(conv_layout(a.dims, kTier).size);
-  pack_conv(a.dims, weights(out * in * kernel * kernel).data(), nullptr, kTier, packed);
+  float* packed = memory_for(conv_layout(a.dims, tier).size);
+  pack_conv(a.dims, weights(out * in * kernel * kernel).data(), nullptr, tier, packed);
   a.packed = packed;
   layers.push_back({layers.empty() ? "stem" : "head",
                     false,
@@ -114,9 +116,9 @@ void add_block(int batch, int in, int expansion, int out, int stride, int size, 
   a.x_stride_row = in * size;
   a.x_stride_image = a.x_stride_row * size;
   a.y = y;
-  float* packed = memory_for(packed_layout(a.dims, kTier).size);
+  float* packed = memory_for(packed_layout(a.dims, tier).size);
   const std::vector<float> w1 = weights(hidden * in), wd = weights(hidden * 9), w2 = weights(hidden * out);
-  pack(a.dims, {expand ? w1.data() : nullptr, nullptr, wd.data(), nullptr, w2.data(), nullptr}, kTier, packed);
+  pack(a.dims, {expand ? w1.data() : nullptr, nullptr, wd.data(), nullptr, w2.data(), nullptr}, tier, packed);
   a.packed = packed;
   const double pixels = a.out_height * a.out_width;
   layers.push_back({"block " + std::to_string(layers.size()),
@@ -141,7 +143,10 @@ EXPORT int prepare(const char* network, int batch, int threads) {
   std::sscanf(network, "%7[^,],%d,%lf,%7s", name, &size, &width, type);
   const bool v1 = std::strcmp(name, "v1") == 0;
   if (!v1 && std::strcmp(name, "v2") != 0) return 0;
-  storage = std::strcmp(type, "bf16") == 0 ? DType::bf16 : DType::f32;
+  storage = std::strcmp(type, "bf16") == 0 ? DType::bf16 : std::strcmp(type, "f32") == 0 ? DType::f32 : DType::f16;
+#ifdef MBV2_HAVE_AVX512FP16
+  if (std::strcmp(type, "fp16") == 0) tier = fp16_tier().tier;
+#endif
   parallel = {threads > 1 ? shared : serial, threads};
   const int64_t values = int64_t{3} * batch * size * size;
   float* picture = memory_for(values);
@@ -149,8 +154,10 @@ EXPORT int prepare(const char* network, int batch, int threads) {
     const float value = static_cast<float>(i % 97) * 0.02f - 1;
     if (storage == DType::f32)
       picture[i] = value;
-    else
+    else if (storage == DType::bf16)
       std::memcpy(reinterpret_cast<uint16_t*>(picture) + i, reinterpret_cast<const char*>(&value) + 2, 2);
+    else
+      reinterpret_cast<uint16_t*>(picture)[i] = static_cast<uint16_t>(0x3800 + i % 97 * 8 + i % 2 * 0x8000);
   }
   const int64_t most = int64_t{1} * batch * size * size * scaled(64, width) / 4;
   float* buffers[2] = {memory_for(most), memory_for(most)};
@@ -182,14 +189,14 @@ EXPORT const char* name(int layer) { return layers[static_cast<size_t>(layer)].n
 EXPORT void run(int layer) {
   const Layer& l = layers[static_cast<size_t>(layer)];
   if (l.is_block)
-    run_block(l.block, kTier, make_plan(l.block, packed_layout(l.block.dims, kTier), parallel.threads), parallel);
+    run_block(l.block, tier, make_plan(l.block, packed_layout(l.block.dims, tier), parallel.threads), parallel);
   else
-    run_conv(l.conv, kTier, parallel);
+    run_conv(l.conv, tier, parallel);
 }
 // FLOP of a run of nothing but multiply-adds, of one thread.
 EXPORT double run_peak() {
   constexpr int64_t kIterations = 4000;
-  const TierKernels& kernels = *tier_kernels(kTier);
+  const TierKernels& kernels = *tier_kernels(kActive);
   volatile float sink = kernels.fma_chains(kIterations);
   (void)sink;
   return 2.0 * kFmaChains * kernels.vector * kIterations;
@@ -203,6 +210,7 @@ EXPORT double run_peak() {
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 struct Version {
@@ -228,7 +236,13 @@ int main(int count, char** words) {
   std::vector<Version> versions;
   int layers = 0;
   for (int i = 5; i < count; ++i) {
-    void* object = dlopen(words[i], RTLD_NOW | RTLD_LOCAL);
+    std::string path = words[i], network = words[1];
+    const size_t colon = path.find(':');
+    if (colon != std::string::npos) {
+      network += std::string(network.find(',') == std::string::npos ? ",224,1.0," : ",") + path.substr(colon + 1);
+      path.resize(colon);
+    }
+    void* object = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!object) return std::fprintf(stderr, "%s\n", dlerror()), 1;
     Version v = {reinterpret_cast<decltype(v.prepare)>(dlsym(object, "prepare")),
                  reinterpret_cast<decltype(v.flop)>(dlsym(object, "flop")),
@@ -237,7 +251,7 @@ int main(int count, char** words) {
                  reinterpret_cast<decltype(v.run_peak)>(dlsym(object, "run_peak")),
                  {},
                  {}};
-    layers = v.prepare(words[1], batch, threads);
+    layers = v.prepare(network.c_str(), batch, threads);
     if (layers == 0) return std::fprintf(stderr, "%s knows no network %s\n", words[i], words[1]), 1;
     v.shares.resize(static_cast<size_t>(layers) + 1);
     v.times = v.shares;

@@ -25,19 +25,23 @@ py::dict cpu_features() {
   return result;
 }
 
+py::dict tier_row(const mbv2::TierStatus& status) {
+  py::dict row;
+  row["name"] = status.name;
+  row["compiled"] = status.compiled;
+  row["runnable"] = status.runnable;
+  row["reason"] = status.reason;
+  row["features"] = py::str(status.features).attr("split")();
+  return row;
+}
+
 py::list tiers() {
   py::list result;
-  for (const mbv2::TierStatus& status : mbv2::tiers()) {
-    py::dict row;
-    row["name"] = status.name;
-    row["compiled"] = status.compiled;
-    row["runnable"] = status.runnable;
-    row["reason"] = status.reason;
-    row["features"] = py::str(status.features).attr("split")();
-    result.append(row);
-  }
+  for (const mbv2::TierStatus& status : mbv2::tiers()) result.append(tier_row(status));
   return result;
 }
+
+py::dict fp16_tier() { return tier_row(mbv2::fp16_tier()); }
 
 const char* active_tier() {
   const mbv2::Tier active = mbv2::active_tier();
@@ -49,11 +53,13 @@ const char* active_tier() {
 py::dict counters() {
   py::dict result;
   for (const mbv2::TierStatus& status : mbv2::tiers()) result[status.name] = mbv2::call_count(status.tier);
+  result[mbv2::fp16_tier().name] = mbv2::call_count(mbv2::fp16_tier().tier);
   return result;
 }
 
 double fma_peak(const std::string& tier, double seconds) {
-  const mbv2::TierStatus& status = mbv2::find_tier(tier);
+  const mbv2::TierStatus& fp16 = mbv2::fp16_tier();
+  const mbv2::TierStatus& status = tier == fp16.name ? fp16 : mbv2::find_tier(tier);
   if (!status.runnable) throw std::invalid_argument("tier '" + tier + "' cannot run here: " + status.reason);
   const py::gil_scoped_release release;
   return mbv2::fma_peak(status.tier, seconds);
@@ -74,7 +80,9 @@ void cap_from_environment() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU features, instruction-set tiers and call counters of mbv2_kernels";
   m.def("cpu_features", &cpu_features, "Features the CPU has and the operating system lets programs use.");
-  m.def("tiers", &tiers, "Every tier, fastest first: name, compiled, runnable, reason (why not), features.");
+  m.def("tiers", &tiers,
+        "Every tier that computes in fp32, fastest first: name, compiled, runnable, reason (why not), features.");
+  m.def("fp16_tier", &fp16_tier, "The tier that computes in fp16, as a row of tiers().");
   m.def("active_tier", &active_tier, "The tier that runs now.");
   m.def("max_isa", &mbv2::max_isa, "The cap on the tier, or None. It begins as MBV2_MAX_ISA.");
   m.def("set_max_isa", &mbv2::set_max_isa, py::arg("name").none(true),

@@ -128,11 +128,29 @@ Tensor packed_array(int64_t floats) {
                                   release);
 }
 
-Tensor packed_from(const Weights& weights) {
-  const Tier tier = mbv2::active_tier();
+// The tier to pack for.
+Tier tier_for(bool fp16_accumulation) {
+  if (!fp16_accumulation) return mbv2::active_tier();
+  const mbv2::TierStatus& status = mbv2::fp16_tier();
+  check(status.runnable, "fp16 accumulation needs tier ", status.name, ", which cannot run here: ", status.reason);
+  return status.tier;
+}
+
+void check_fits(bool fits) {
+  check(fits,
+        "with fp16 accumulation, weights and biases (BatchNorm folded into them) may be 65504 at most in magnitude");
+}
+
+Tensor packed_from(const Weights& weights, Tier tier) {
   Tensor packed = packed_array(mbv2::packed_layout(weights.dims, tier).size);
-  mbv2::pack(weights.dims, weights.raw(), tier, static_cast<float*>(packed.mutable_data_ptr()));
+  check_fits(mbv2::pack(weights.dims, weights.raw(), tier, static_cast<float*>(packed.mutable_data_ptr())));
   return packed;
+}
+
+// What was packed for fp16 accumulation reads and writes fp16 and nothing else.
+void check_stored_as_packed(Tier tier, ScalarType type) {
+  check(tier != mbv2::fp16_tier().tier || type == ScalarType::Half,
+        "packed was made for fp16 accumulation: x must be float16");
 }
 
 bool is_packed_array(const Tensor& packed) {
@@ -226,6 +244,7 @@ BlockCall block_call(const Images& x, const Tensor& packed, const BlockDims& dim
   check(is_packed_array(packed) &&
             mbv2::packed_tier(static_cast<const float*>(packed.const_data_ptr()), packed.numel(), dims, &call.tier),
         "packed does not hold this block's weights: pack them with pack_inverted_residual");
+  check_stored_as_packed(call.tier, x.type);
   a.x = x.data;
   a.x_stride_image = x.stride_image;
   a.x_stride_row = x.stride_row;
@@ -248,8 +267,10 @@ Tensor run(const Tensor& x_given, const Tensor& packed, const BlockDims& dims, i
 }
 
 Tensor pack_inverted_residual(OptionalTensor w_expand, OptionalTensor b_expand, Tensor w_depthwise,
-                              OptionalTensor b_depthwise, Tensor w_project, OptionalTensor b_project) {
-  return packed_from(checked_weights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project));
+                              OptionalTensor b_depthwise, Tensor w_project, OptionalTensor b_project,
+                              bool fp16_accumulation) {
+  return packed_from(checked_weights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project),
+                     tier_for(fp16_accumulation));
 }
 
 // Takes what fakes need to know without reading `packed`; packed_tier() compares it with the array's header.
@@ -268,7 +289,8 @@ Tensor inverted_residual(Tensor x, OptionalTensor w_expand, OptionalTensor b_exp
                          int64_t padding, int64_t dilation, std::string activation, std::string final_activation,
                          bool residual) {
   const Weights weights = checked_weights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project);
-  return run(x, packed_from(weights), weights.dims, stride, padding, dilation, activation, final_activation, residual);
+  return run(x, packed_from(weights, mbv2::active_tier()), weights.dims, stride, padding, dilation, activation,
+             final_activation, residual);
 }
 
 // ---- Dense convolutions around the blocks ---------------------------------------------------------------------------
@@ -286,15 +308,15 @@ ConvDims checked_conv(const Tensor& weight, const OptionalTensor& bias) {
   return {in, out, static_cast<int>(kernel)};
 }
 
-Tensor pack_conv(Tensor weight, OptionalTensor bias) {
+Tensor pack_conv(Tensor weight, OptionalTensor bias, bool fp16_accumulation) {
   const ConvDims dims = checked_conv(weight, bias);
-  const Tier tier = mbv2::active_tier();
+  const Tier tier = tier_for(fp16_accumulation);
   const Tensor w = plain(weight);
   const OptionalTensor b = bias ? OptionalTensor(plain(*bias)) : std::nullopt;
   Tensor packed = packed_array(mbv2::conv_layout(dims, tier).size);
-  mbv2::pack_conv(dims, static_cast<const float*>(w.const_data_ptr()),
-                  b ? static_cast<const float*>(b->const_data_ptr()) : nullptr, tier,
-                  static_cast<float*>(packed.mutable_data_ptr()));
+  check_fits(mbv2::pack_conv(dims, static_cast<const float*>(w.const_data_ptr()),
+                             b ? static_cast<const float*>(b->const_data_ptr()) : nullptr, tier,
+                             static_cast<float*>(packed.mutable_data_ptr())));
   return packed;
 }
 
@@ -314,6 +336,7 @@ ConvCall conv_call(const Images& x, const Tensor& packed, int64_t out_channels, 
   check(is_packed_array(packed) && mbv2::packed_conv_tier(static_cast<const float*>(packed.const_data_ptr()),
                                                           packed.numel(), a.dims, &call.tier),
         "packed does not hold this convolution's weights: pack them with pack_conv");
+  check_stored_as_packed(call.tier, x.type);
   a.x = x.data;
   a.x_stride_image = x.stride_image;
   a.x_stride_channel = x.stride_channel;
@@ -333,7 +356,7 @@ Tensor conv_act_packed(Tensor x, Tensor packed, int64_t out_channels, int64_t ke
 }
 
 Tensor conv_act(Tensor x, Tensor weight, OptionalTensor bias, int64_t stride, int64_t padding, std::string activation) {
-  const Tensor packed = pack_conv(weight, bias);
+  const Tensor packed = pack_conv(weight, bias, false);
   return conv_act_packed(x, packed, weight.size(0), weight.size(2), stride, padding, activation);
 }
 
@@ -595,13 +618,13 @@ STABLE_TORCH_LIBRARY(mbv2, m) {
       "str final_activation, bool residual) -> Tensor");
   m.def(
       "pack_inverted_residual(Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, Tensor? b_depthwise, "
-      "Tensor w_project, Tensor? b_project) -> Tensor");
+      "Tensor w_project, Tensor? b_project, bool fp16_accumulation=False) -> Tensor");
   m.def(
       "inverted_residual_packed(Tensor x, Tensor packed, int hidden_channels, int out_channels, int kernel_size, "
       "bool expand, int stride, int padding, int dilation, str activation, str final_activation, bool residual) "
       "-> Tensor");
   m.def("conv_act(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, str activation) -> Tensor");
-  m.def("pack_conv(Tensor weight, Tensor? bias) -> Tensor");
+  m.def("pack_conv(Tensor weight, Tensor? bias, bool fp16_accumulation=False) -> Tensor");
   m.def(
       "conv_act_packed(Tensor x, Tensor packed, int out_channels, int kernel_size, int stride, int padding, "
       "str activation) -> Tensor");

@@ -21,6 +21,7 @@ except ImportError as error:
     ) from error
 
 from . import _registrations, _training_registrations, models, reference  # noqa: F401
+from .backends import get_fp16_accumulation, set_fp16_accumulation
 from .functional import InvertedResidualFunction, inverted_residual, set_backend
 from .modules import FusedInvertedResidual
 from .patch import FusionReport, FusionRow, fuse, summary, unfuse
@@ -34,10 +35,12 @@ __all__ = [
     "Status",
     "__version__",
     "fuse",
+    "get_fp16_accumulation",
     "inverted_residual",
     "models",
     "reference",
     "set_backend",
+    "set_fp16_accumulation",
     "status",
     "summary",
     "unfuse",

@@ -118,9 +118,9 @@ def _(
 
 
 @torch.library.register_fake("mbv2::pack_inverted_residual", lib=_LIBRARY)
-def _(*weights: Tensor | None) -> Tensor:
+def _(*weights: Any) -> Tensor:
     # The layout, and so the length, is private to the tier that packs.
-    return weights[2].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)  # type: ignore[union-attr]
+    return weights[2].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
 
 
 def _fake_conv(x: Tensor, out_channels: int, kernel_size: int, stride: int, padding: int) -> Tensor:
@@ -163,7 +163,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("mbv2::pack_conv", lib=_LIBRARY)
-def _(weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(weight: Tensor, bias: Tensor | None, fp16_accumulation: bool = False) -> Tensor:
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
 
 

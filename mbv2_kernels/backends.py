@@ -1,6 +1,7 @@
 """Which backend runs a block, and running it: the one place that knows all of them.
 
-    "cpu"        CPU tensors, float32, bfloat16, float16: the C++ kernels on weights packed for the active tier
+    "cpu"        CPU tensors, float32, bfloat16, float16: the C++ kernels on weights packed for the active tier, or for
+                 the fp16 tier if that is allowed (`set_fp16_accumulation`) and the tensors are float16
     "triton"     CUDA tensors (CPU tensors under TRITON_INTERPRET=1), the same dtypes: one Triton launch. "auto" uses
                  it only on GPUs of an architecture on which it was checked (triton/configs.py: CHECKED)
     "reference"  anything else, in plain PyTorch operations; also on request
@@ -27,7 +28,7 @@ from .triton import configs
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
 
-#: What the kernels store; all of them accumulate in float32.
+#: What the kernels store; all of them accumulate in float32, unless `set_fp16_accumulation` was called.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _PACK = torch.ops.mbv2.pack_inverted_residual.default
@@ -70,6 +71,7 @@ _PHASE_OPS = SimpleNamespace(
 
 _logger = logging.getLogger("mbv2_kernels")
 _backend = "auto"
+_fp16_accumulation = False
 _warned: set[str] = set()
 _REFERENCE = Run("reference")
 
@@ -115,6 +117,43 @@ def get_backend() -> str:
     return _backend
 
 
+def set_fp16_accumulation(allowed: bool) -> None:
+    """Lets the CPU kernels multiply and add float16 tensors in float16, in inference: off by default.
+
+    CPUs with AVX512-FP16 do that at twice the rate of float32, and less exactly: `mbv2-kernels verify --dtype float16
+    --fp16-accumulation` shows how much. A sum beyond 65504 becomes infinite (ReLU6 bounds what is added up, ReLU does
+    not), and weights, with BatchNorm folded into them, must not be larger: such a block raises RuntimeError.
+
+    Applies to the forward of blocks, stems and heads in eval mode on float16 CPU tensors (under autocast too), from the
+    next call on, of compiled code too. All else computes as before, in float32: other dtypes, training mode, every
+    backward, `InvertedResidualFunction`, mean and classifier. What was packed for the other arithmetic is kept, so that
+    changing to and fro costs nothing.
+
+    Raises RuntimeError where the CPU, the compiler at build time or MBV2_MAX_ISA does not offer it.
+    """
+    global _fp16_accumulation
+    if not isinstance(allowed, bool):
+        raise TypeError(f"allowed must be a bool, got {allowed!r}")
+    if allowed and (reason := fp16_accumulation_missing()):
+        raise RuntimeError(f"fp16 accumulation cannot run here: {reason}")
+    _fp16_accumulation = allowed
+
+
+def get_fp16_accumulation() -> bool:
+    """What was last given to `set_fp16_accumulation`."""
+    return _fp16_accumulation
+
+
+def fp16_accumulation_missing() -> str | None:
+    """Why float16 tensors cannot be added up in float16 here, or None."""
+    tier, cap = _C.fp16_tier(), _C.max_isa()
+    if not tier["runnable"]:
+        return f"tier {tier['name']}: {tier['reason']}"
+    if cap not in (None, _C.tiers()[0]["name"]):
+        return f"tier {tier['name']}: the tiers are held to {cap} at most (MBV2_MAX_ISA)"
+    return None
+
+
 def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -> Tensor:
     """Runs the block, without gradients: the kernel of the op `mbv2::inverted_residual_bn`.
 
@@ -124,7 +163,7 @@ def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -
     if weight.dtype is not x.dtype or weight.device != x.device:
         _check_weights(x, weight)
     if x.is_cpu and (_backend == "auto" or _backend == "cpu") and x.dtype in KERNEL_DTYPES:
-        return _RUN_PACKED(x, *packed_block(tensors, eps), *config)
+        return _RUN_PACKED(x, *packed_block(tensors, eps, x.dtype), *config)
     triton = _select_triton(x, tensors)
     if triton is not None:
         run = Run("triton", None, x.dtype)
@@ -148,19 +187,24 @@ def run_layer(x: Tensor, layer: Layer, eps: float, config: LayerConfig) -> Tenso
     if layer.weight.dtype is not x.dtype or layer.weight.device != x.device:
         _check_weights(x, layer.weight)
     if x.is_cpu and (_backend == "auto" or _backend == "cpu") and x.dtype in KERNEL_DTYPES:
-        return _RUN_PACKED_LAYER(x, *packed_layer(layer, eps), *config)
+        return _RUN_PACKED_LAYER(x, *packed_layer(layer, eps, x.dtype), *config)
     memo.note(layer, _REFERENCE)
     y = reference.conv_act(x, *fold_layer(layer, eps), **config._asdict())
     return dense(y, torch.channels_last)
 
 
-def packed_block(tensors: BlockTensors, eps: Eps) -> tuple[Any, ...]:
-    """The packed weights that `run_block` would use on the CPU now, with the numbers the op takes beside them."""
+def packed_block(tensors: BlockTensors, eps: Eps, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The packed weights that `run_block` would use now for x of `dtype` on the CPU, with the numbers the op takes
+    beside them."""
+    if _fp16_accumulation and dtype is torch.float16:
+        return memo.get(tensors, eps, _FP16_RUN, _pack_fp16)
     return memo.get(tensors, eps, _cpu_run(_C.active_tier()), _pack)
 
 
-def packed_layer(layer: Layer, eps: float) -> tuple[Any, ...]:
+def packed_layer(layer: Layer, eps: float, dtype: torch.dtype) -> tuple[Any, ...]:
     """The same for `run_layer`."""
+    if _fp16_accumulation and dtype is torch.float16:
+        return memo.get(layer, eps, _FP16_RUN, _pack_layer_fp16)
     return memo.get(layer, eps, _cpu_run(_C.active_tier()), _pack_layer)
 
 
@@ -257,16 +301,27 @@ def _cpu_run(tier: str) -> Run:
     return Run("cpu", tier)
 
 
-def _pack(folded: FoldedWeights) -> tuple[Tensor, int, int, int, bool]:
+def _pack(folded: FoldedWeights, fp16_accumulation: bool = False) -> tuple[Tensor, int, int, int, bool]:
     """The packed weights, and what the op takes beside them: hidden and output channels, kernel size, expand."""
     hidden_channels, _, _, kernel_size = folded.w_depthwise.shape
-    return _PACK(*folded), hidden_channels, folded.w_project.shape[0], kernel_size, folded.w_expand is not None
+    return (
+        _PACK(*folded, fp16_accumulation),
+        hidden_channels,
+        folded.w_project.shape[0],
+        kernel_size,
+        folded.w_expand is not None,
+    )
 
 
-def _pack_layer(folded: tuple[Tensor, Tensor | None]) -> tuple[Tensor, int, int]:
+def _pack_layer(folded: tuple[Tensor, Tensor | None], fp16_accumulation: bool = False) -> tuple[Tensor, int, int]:
     """The packed weights, output channels, kernel size."""
     out_channels, _, _, kernel_size = folded[0].shape
-    return _PACK_LAYER(*folded), out_channels, kernel_size
+    return _PACK_LAYER(*folded, fp16_accumulation), out_channels, kernel_size
+
+
+_FP16_RUN = Run("cpu", _C.fp16_tier()["name"])
+_pack_fp16 = functools.partial(_pack, fp16_accumulation=True)
+_pack_layer_fp16 = functools.partial(_pack_layer, fp16_accumulation=True)
 
 
 def _check_weights(x: Tensor, weight: Tensor) -> None:

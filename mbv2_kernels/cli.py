@@ -26,7 +26,7 @@ from ._bench.inputs import (
     randomise_batch_norm,
 )
 from ._bench.machine import describe, machine
-from ._bench.peers import Compiled, Eager, Folded, Fused, Peer
+from ._bench.peers import Compiled, Eager, Folded, Fused, FusedFp16, Peer
 from ._bench.suite import (
     check_json_path,
     columns,
@@ -49,7 +49,8 @@ from ._bench.training import (
     compare_training_blocks,
     training_table,
 )
-from ._bench.verify import Verification, verify
+from ._bench.verify import BlockCheck, NetworkCheck, Verification, verify
+from .backends import fp16_accumulation_missing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICE = Cuda()  # what --device cuda times on
@@ -132,6 +133,11 @@ def _device(name: str) -> torch.device:
 def build(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, str]:
     """The model and its input as the arguments say, and a line on where weights and input come from."""
     device, dtype = _device(arguments.device), DTYPES[arguments.dtype]
+    if getattr(arguments, "fp16_accumulation", False):
+        if dtype is not torch.float16 or device.type != "cpu" or getattr(arguments, "train", False):
+            raise InputError("--fp16-accumulation is for inference on CPUs with --dtype float16")
+        if missing := fp16_accumulation_missing():
+            raise InputError(f"--fp16-accumulation cannot run here: {missing}")
     model, size = load_model(arguments.model)
     size = arguments.size or size
     images = getattr(arguments, "image", None)
@@ -190,7 +196,8 @@ def info(arguments: argparse.Namespace) -> int:
 
     found = status(import_triton=True)
     header = machine(torch.get_num_threads())
-    peaks = {t["name"]: round(_C.fma_peak(t["name"], 0.1), 1) for t in _C.tiers() if t["runnable"]}
+    tiers = [*_C.tiers(), _C.fp16_tier()]
+    peaks = {t["name"]: round(_C.fma_peak(t["name"], 0.1), 1) for t in tiers if t["runnable"]}
     print(describe(header))
     print(f"CPU features: {' '.join(header['features'])}")
     print("measured FMA peak of one thread: " + ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in peaks.items()))
@@ -202,15 +209,19 @@ def info(arguments: argparse.Namespace) -> int:
 
 
 def _verify_table(result: Verification) -> str:
-    rows = [["block", "class", "input", "error", "unfused", "limit", "ran on", ""]]
+    compared = ["float32 sums"] if result.network.float32_error is not None else []
+    rows = [["block", "class", "input", "error", *compared, "unfused", "limit", "ran on", ""]]
+
+    def errors_of(check: BlockCheck | NetworkCheck) -> list[str]:
+        values = (check.error, *([check.float32_error] if compared else []), check.unfused_error, check.limit)
+        return [f"{value:.1e}" for value in values]
+
     for b in result.blocks:
         ran = "/".join(part for part in (b.backend, b.tier) if part) or "-"
         shape = "x".join(map(str, b.input_shape))
-        errors = [f"{value:.1e}" for value in (b.error, b.unfused_error, b.limit)]
-        rows.append([b.path, b.class_name, shape, *errors, ran, "ok" if b.ok else "TOO LARGE"])
+        rows.append([b.path, b.class_name, shape, *errors_of(b), ran, "ok" if b.ok else "TOO LARGE"])
     n = result.network
-    errors = [f"{value:.1e}" for value in (n.error, n.unfused_error, n.limit)]
-    rows.append(["network", "", "", *errors, "", "ok" if n.ok else "TOO LARGE"])
+    rows.append(["network", "", "", *errors_of(n), "", "ok" if n.ok else "TOO LARGE"])
     return columns(rows)
 
 
@@ -219,7 +230,7 @@ def verify_command(arguments: argparse.Namespace) -> int:
     model, x, note = build(arguments)
     progress = Progress()
     try:
-        result = verify(model, x, progress)
+        result = verify(model, x, progress, fp16_accumulation=arguments.fp16_accumulation)
     finally:
         progress.clear()
     print(f"{title(arguments, x)}\n{note}\n")
@@ -302,7 +313,8 @@ def bench(arguments: argparse.Namespace) -> int:
 def _peers(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Peer], list[Peer]]:
     """The contestants for single blocks and for the network."""
     on_gpu = device.type == "cuda"
-    blocks: list[Peer] = [Fused(), Folded(), *([FoldedNative()] if on_gpu else []), Eager()]
+    ours: list[Peer] = [Fused(), *([FusedFp16()] if arguments.fp16_accumulation else [])]
+    blocks: list[Peer] = [*ours, Folded(), *([FoldedNative()] if on_gpu else []), Eager()]
     compiled: list[Peer] = [] if arguments.no_compile else [MaxAutotune() if on_gpu else Compiled()]
     network = blocks + compiled
     if arguments.graph:
@@ -381,6 +393,17 @@ def network_options() -> Parser:
     return parent
 
 
+def fp16_options() -> Parser:
+    """A parent parser with --fp16-accumulation."""
+    parent = Parser(add_help=False)
+    parent.add_argument(
+        "--fp16-accumulation",
+        action="store_true",
+        help="with --dtype float16, on CPUs with AVX512-FP16: with set_fp16_accumulation(True): faster, less exact",
+    )
+    return parent
+
+
 def timing_options() -> Parser:
     """A parent parser with what every timing needs to know."""
     parent = Parser(add_help=False)
@@ -405,12 +428,12 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"mbv2_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,verify,bench,train-demo}")
 
-    output, network = output_options(), network_options()
+    output, network, fp16 = output_options(), network_options(), fp16_options()
     command = commands.add_parser("info", parents=[output], help="what this machine can run, and why not the rest")
     command.set_defaults(run=info)
 
     command = commands.add_parser(
-        "verify", parents=[network, output], help="errors of the fused network, block by block and as a whole"
+        "verify", parents=[network, fp16, output], help="errors of the fused network, block by block and as a whole"
     )
     given = command.add_mutually_exclusive_group()
     given.add_argument("--image", nargs="+", metavar="FILE", help="pictures to run on (needs Pillow)")
@@ -419,7 +442,7 @@ def _parser() -> Parser:
 
     command = commands.add_parser(
         "bench",
-        parents=[network, timing_options(), output],
+        parents=[network, fp16, timing_options(), output],
         help="fused against the best unfused path, per block and whole network",
     )
     command.add_argument("--graph", action="store_true", help="with --device cuda: everything as CUDA graphs")

@@ -122,7 +122,7 @@ class FusedForward:
             yield Look(self.block, settings=evaluating)
 
     def step_looks(self) -> Iterator[Look]:
-        """All that `step` depends on, apart from dtype, tier and the memo."""
+        """All that `step` depends on, apart from dtype, tier, fp16 accumulation and the memo."""
         yield from self._looks()
         for layer in self.layers:
             if layer is None:
@@ -239,14 +239,14 @@ class FusedForward:
         if weight.dtype is not dtype or not weight.is_cpu:
             return None
         self._notice_training(tensors)
-        packed, *dims = self._packed(tensors)
+        packed, *dims = self._packed(tensors, dtype)
         if dims != self._step_dims:
             self._step_dims, self._step_numbers = dims, self._numbers(*dims)
         self.last_reason = None
         return packed, self._step_numbers
 
-    def _packed(self, tensors: Any) -> tuple[Any, ...]:
-        return packed_block(tensors, self.eps())
+    def _packed(self, tensors: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        return packed_block(tensors, self.eps(), dtype)
 
     def _numbers(self, hidden_channels: int, out_channels: int, kernel_size: int, expand: bool) -> list[int]:
         stride, padding, dilation, activation, final_activation, residual = self.config
@@ -341,8 +341,8 @@ class FusedLayer(FusedForward):
     def _run(self, x: Tensor, tensors: Layer) -> Tensor:
         return run_layer(x, tensors, self.eps(), self.config)
 
-    def _packed(self, tensors: Layer) -> tuple[Any, ...]:
-        return packed_layer(tensors, self.eps())
+    def _packed(self, tensors: Layer, dtype: torch.dtype) -> tuple[Any, ...]:
+        return packed_layer(tensors, self.eps(), dtype)
 
     def _numbers(self, out_channels: int, kernel_size: int) -> list[int]:  # type: ignore[override]
         stride, padding, activation = self.config

@@ -18,7 +18,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import _C
+from . import _C, backends
 from .backends import KERNEL_DTYPES, get_backend
 from .fold import memo
 
@@ -95,5 +95,9 @@ def shortcut(
     and most_images: which x it is for. `is_quiet` has to have said yes.
     """
     images = torch.empty_strided((most_images, channels, 0, 0), (0, 0, 0, 0), dtype=dtype, device="cpu")
-    variables = ((vars(memo), "epoch", epoch), (vars(forward_ad), "_current_level", forward_ad._current_level))
+    variables = (
+        (vars(memo), "epoch", epoch),
+        (vars(forward_ad), "_current_level", forward_ad._current_level),
+        (vars(backends), "_fp16_accumulation", backends._fp16_accumulation),
+    )
     return _C.Shortcut(op, arguments, images, _QUESTIONS, variables, watch)

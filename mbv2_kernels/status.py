@@ -14,7 +14,8 @@ import torch
 
 @dataclass(frozen=True)
 class TierStatus:
-    """One instruction-set tier of the CPU backend. `active`: the one that runs now."""
+    """One instruction-set tier of the CPU backend. `active`: the one that runs now; besides, the one that computes in
+    float16 if `set_fp16_accumulation` is on."""
 
     name: str
     compiled: bool
@@ -25,7 +26,8 @@ class TierStatus:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One backend; `reason` says why it is not available, or what it will run on. `tiers` is fastest first."""
+    """One backend; `reason` says why it is not available, or what it will run on. `tiers` is fastest
+    first, behind them the one that computes in float16."""
 
     name: str
     available: bool
@@ -48,12 +50,13 @@ class Status:
             lines.append(f"{backend.name:10} {'yes' if backend.available else 'no':4} {backend.reason}".rstrip())
             for tier in backend.tiers:
                 state = "active" if tier.active else "yes" if tier.runnable else "no"
-                lines.append(f"  {tier.name:8} {state:6} {tier.reason}".rstrip())
+                lines.append(f"  {tier.name:10} {state:6} {tier.reason}".rstrip())
         return "\n".join(lines)
 
 
 def _cpu() -> BackendStatus:
     from . import _C
+    from .backends import fp16_accumulation_missing, get_fp16_accumulation
     from .shortcut import UNPLANNED
 
     active = _C.active_tier()
@@ -66,6 +69,17 @@ def _cpu() -> BackendStatus:
             reason=tier["reason"] or "",
         )
         for tier in _C.tiers()
+    )
+    fp16, missing = _C.fp16_tier(), fp16_accumulation_missing()
+    on = get_fp16_accumulation()
+    tiers += (
+        TierStatus(
+            name=fp16["name"],
+            compiled=fp16["compiled"],
+            runnable=missing is None,
+            active=on,
+            reason=missing or f"for float16 inference, {'on' if on else 'off'} (set_fp16_accumulation)",
+        ),
     )
     cap = _C.max_isa()
     return BackendStatus(

@@ -59,7 +59,7 @@ def test_status_accounts_for_every_backend_and_tier() -> None:
     assert [backend.name for backend in status.backends] == ["cpu", "triton", "reference"]
     cpu, triton, reference = status.backends
     assert cpu.available and reference.available
-    assert [tier.name for tier in cpu.tiers] == [tier["name"] for tier in _C.tiers()]
+    assert [tier.name for tier in cpu.tiers] == [tier["name"] for tier in (*_C.tiers(), _C.fp16_tier())]
     assert [tier.name for tier in cpu.tiers if tier.active] == [_C.active_tier()]
     assert all(tier.reason for tier in cpu.tiers if not tier.runnable)
     assert triton.available == (torch.cuda.is_available() and importlib.util.find_spec("triton") is not None)
@@ -104,7 +104,9 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (content["schema"], content["schema_version"]) == ("mbv2_kernels.info", 1)
     assert content["machine"]["isa"] == _C.active_tier()
     assert content["machine"]["fma_peak_gflops_per_thread"] > 0
-    assert set(content["fma_peak_gflops"]) == {tier["name"] for tier in _C.tiers() if tier["runnable"]}
+    assert set(content["fma_peak_gflops"]) == {
+        tier["name"] for tier in (*_C.tiers(), _C.fp16_tier()) if tier["runnable"]
+    }
     assert [backend["name"] for backend in content["status"]["backends"]] == ["cpu", "triton", "reference"]
 
 

@@ -216,8 +216,9 @@ def test_each_file_gets_its_own_flags(source: Path, tmp_path: Path) -> None:
         if name == "x86_avx2.cpp":
             assert {"-mavx2", "-mfma", "-mf16c"} < machine_flags
             assert not any("avx512" in flag for flag in machine_flags)
-        elif name == "x86_avx512.cpp":
+        elif name in ("x86_avx512.cpp", "x86_avx512fp16.cpp"):
             assert {"-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"} < machine_flags
+            assert ("-mavx512fp16" in machine_flags) == ("fp16" in name)
         else:
             assert not machine_flags, name
         assert {"-std=c++17", "-fvisibility=hidden", "-DMBV2_HAVE_AVX2", "-DMBV2_HAVE_AVX512"} < set(calls[name])
@@ -229,15 +230,20 @@ def test_each_file_gets_its_own_flags(source: Path, tmp_path: Path) -> None:
 
 
 @needs_build_tools
-def test_compiler_without_avx512_loses_that_tier_only(source: Path, tmp_path: Path) -> None:
-    calls, printed = commands(source, tmp_path, unknown="-mavx512f")
-    assert re.search(r"built without tier avx512, the compiler lacks .*-mavx512f", printed)
-    assert "x86_avx512.cpp" not in calls
-    assert "x86_avx2.cpp" in calls
-    for name, call in calls.items():
-        assert "-DMBV2_HAVE_AVX512" not in call
-        assert ("-DMBV2_HAVE_AVX2" in call) == (name != "link")
-    assert not any(word.endswith("x86_avx512.o") for word in calls["link"])
+@pytest.mark.parametrize(
+    ("unknown", "lost"), [("-mavx512f", ["avx512", "avx512fp16"]), ("-mavx512fp16", ["avx512fp16"])]
+)
+def test_compiler_without_a_feature_loses_its_tiers_only(
+    source: Path, tmp_path: Path, unknown: str, lost: list[str]
+) -> None:
+    calls, printed = commands(source, tmp_path, unknown=unknown)
+    for tier in ("avx2", "avx512", "avx512fp16"):
+        said = re.search(rf"built without tier {tier}, the compiler lacks .*{unknown}\b", printed)
+        assert bool(said) == (tier in lost)
+        assert (f"x86_{tier}.cpp" in calls) == (tier not in lost)
+        assert any(word.endswith(f"x86_{tier}.o") for word in calls["link"]) == (tier not in lost)
+        for name, call in calls.items():
+            assert (f"-DMBV2_HAVE_{tier.upper()}" in call) == (name != "link" and tier not in lost)
 
 
 @needs_build_tools

@@ -20,6 +20,8 @@ from mbv2_kernels import _C, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = {tier["name"]: tier for tier in _C.tiers()}
+FP16 = _C.fp16_tier()
+ALL_TIERS = {**TIERS, FP16["name"]: FP16}
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 
 # The kernel's names for what the compiler calls otherwise.
@@ -42,9 +44,9 @@ def restored_cap() -> Iterator[None]:
     _C.set_max_isa(cap)
 
 
-def registry() -> dict[str, list[str]]:
+def registry(macro: str = "MBV2_TIER") -> dict[str, list[str]]:
     text = (ROOT / "csrc/core/kernels.inc").read_text()
-    return {name: features.split() for name, features in re.findall(r'^MBV2_TIER\((\w+), "(.*)"\)$', text, re.M)}
+    return {name: features.split() for name, features in re.findall(rf'^{macro}\((\w+), "(.*)"\)$', text, re.M)}
 
 
 def needs(tier: str) -> None:
@@ -66,7 +68,8 @@ CONFIG = (1, 1, 1, "relu6", "none", False)
 def test_list_is_the_registry() -> None:
     assert [tier["name"] for tier in _C.tiers()] == list(registry())
     assert {tier["name"]: tier["features"] for tier in _C.tiers()} == registry()
-    assert list(_C.counters()) == list(registry())
+    assert registry("MBV2_FP16_TIER") == {FP16["name"]: FP16["features"]}
+    assert list(_C.counters()) == [*registry(), FP16["name"]]
 
 
 def test_portable_is_everywhere() -> None:
@@ -75,9 +78,9 @@ def test_portable_is_everywhere() -> None:
     assert TIERS["portable"]["features"] == []
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", ALL_TIERS)
 def test_runnable_means_compiled_and_every_feature(tier: str) -> None:
-    row = TIERS[tier]
+    row = ALL_TIERS[tier]
     found = _C.cpu_features()
     lacking = [feature for feature in row["features"] if not found.get(feature, False)]
     assert row["runnable"] == (row["compiled"] and not lacking)
@@ -100,7 +103,7 @@ def test_features_are_those_the_kernel_reports() -> None:
 
 @pytest.mark.skipif(not X86, reason=f"no CPUID on {platform.machine()}")
 def test_every_required_feature_is_known() -> None:
-    required = {feature for features in registry().values() for feature in features}
+    required = {feature for row in ALL_TIERS.values() for feature in row["features"]}
     assert required <= set(_C.cpu_features())
 
 
@@ -121,6 +124,8 @@ def test_unknown_tier_is_refused_and_changes_nothing() -> None:
     before = _C.max_isa(), _C.active_tier()
     with pytest.raises(ValueError, match="'avx9'.*" + ", ".join(TIERS)):
         _C.set_max_isa("avx9")
+    with pytest.raises(ValueError, match=f"'{FP16['name']}'"):  # is no rank
+        _C.set_max_isa(FP16["name"])
     assert (_C.max_isa(), _C.active_tier()) == before
 
 
@@ -132,7 +137,7 @@ def test_forced_tier_runs(tier: str, dtype: torch.dtype) -> None:
     _C.set_max_isa(tier)
     _C.reset_counters()
     y = torch.ops.mbv2.inverted_residual(x, *weights, *CONFIG)
-    assert _C.counters() == {name: int(name == tier) for name in TIERS}
+    assert _C.counters() == {name: int(name == tier) for name in ALL_TIERS}
     expected = reference.inverted_residual(x.double(), *(weight.double() for weight in weights))
     bound = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     assert (y.double() - expected).norm() < bound * expected.norm()
@@ -182,9 +187,9 @@ def test_each_tier_is_code_of_its_own() -> None:
     assert len(set(packed.values())) == len(packed)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", ALL_TIERS)
 def test_fma_peak(tier: str) -> None:
-    if TIERS[tier]["runnable"]:
+    if ALL_TIERS[tier]["runnable"]:
         assert _C.fma_peak(tier, 0.01) > 0.1
     else:
         with pytest.raises(ValueError, match=f"'{tier}' cannot run here"):

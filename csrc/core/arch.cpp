@@ -30,7 +30,7 @@ struct FeatureBit {
   uint64_t state;
 };
 
-// Intel SDM volume 2, CPUID; AMD's bits are the same. No tier needs those after popcnt: they are reported.
+// Intel SDM volume 2, CPUID; AMD's bits are the same. Those that no tier needs are reported.
 constexpr FeatureBit kFeatureBits[] = {
     {"avx512f", 7, 0, ebx, 16, kZmm},    {"avx512bw", 7, 0, ebx, 30, kZmm},   {"avx512dq", 7, 0, ebx, 17, kZmm},
     {"avx512vl", 7, 0, ebx, 31, kZmm},   {"avx2", 7, 0, ebx, 5, kYmm},        {"avx", 1, 0, ecx, 28, kYmm},
@@ -103,7 +103,7 @@ std::atomic<const TierStatus*>& active() {
 }
 
 std::atomic<uint64_t>& counter(Tier tier) {
-  static std::vector<std::atomic<uint64_t>> counters(tiers().size());
+  static std::vector<std::atomic<uint64_t>> counters(tiers().size() + 1);
   return counters[static_cast<size_t>(tier)];
 }
 
@@ -117,10 +117,22 @@ const Features& cpu_features() {
 const std::vector<TierStatus>& tiers() {
   static const std::vector<TierStatus> list = {
 #define MBV2_TIER(tier, features) examine(Tier::tier, #tier, features),
+#define MBV2_FP16_TIER(...)
 #include "kernels.inc"
 #undef MBV2_TIER
+#undef MBV2_FP16_TIER
   };
   return list;
+}
+
+const TierStatus& fp16_tier() {
+  static const TierStatus status =
+#define MBV2_TIER(...)
+#define MBV2_FP16_TIER(tier, features) examine(Tier::tier, #tier, features);
+#include "kernels.inc"
+#undef MBV2_TIER
+#undef MBV2_FP16_TIER
+      return status;
 }
 
 const TierStatus& find_tier(const std::string& name) {
@@ -151,6 +163,7 @@ uint64_t call_count(Tier tier) { return counter(tier).load(std::memory_order_rel
 
 void reset_call_counts() {
   for (const TierStatus& status : tiers()) counter(status.tier).store(0, std::memory_order_relaxed);
+  counter(fp16_tier().tier).store(0, std::memory_order_relaxed);
 }
 
 }  // namespace mbv2

@@ -8,7 +8,7 @@
 
 namespace mbv2 {
 
-enum class Tier : int { portable, avx2, avx512 };
+enum class Tier : int { portable, avx2, avx512, avx512fp16 };
 
 struct TierStatus {
   Tier tier;
@@ -22,10 +22,13 @@ struct TierStatus {
 // What the CPU has and the operating system lets a program use. Empty on other machines than x86.
 const std::vector<std::pair<std::string, bool>>& cpu_features();
 
-// Every tier, fastest first.
+// Every tier that computes in fp32, fastest first.
 const std::vector<TierStatus>& tiers();
 
-// The tier called `name`; throws std::invalid_argument, which names the tiers there are.
+// The one that computes in fp16. It is never the active tier: weights are packed for it on demand, for float16 images.
+const TierStatus& fp16_tier();
+
+// The fp32 tier called `name`; throws std::invalid_argument, which names the tiers there are.
 const TierStatus& find_tier(const std::string& name);
 
 // The fastest tier that can run and does not exceed the cap.

@@ -12,8 +12,10 @@
 namespace mbv2 {
 
 #define MBV2_TIER(tier, ...) extern const TierKernels kernels_##tier;
+#define MBV2_FP16_TIER MBV2_TIER
 #include "kernels.inc"
 #undef MBV2_TIER
+#undef MBV2_FP16_TIER
 
 namespace {
 
@@ -77,6 +79,10 @@ const TierKernels* tier_kernels(Tier tier) {
     case Tier::avx512:
       return &kernels_avx512;
 #endif
+#ifdef MBV2_HAVE_AVX512FP16
+    case Tier::avx512fp16:
+      return &kernels_avx512fp16;
+#endif
     default:
       return nullptr;
   }
@@ -94,7 +100,7 @@ Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
 
   // Rows a group: enough pixels to make full register tiles, and to use a panel of weights often once it is in L1, but
   // not so many that the rows of e they need leave no room for a chunk of fair width.
-  const int64_t row_of_e = d.expand ? (a.width + 2 * a.pad_left) * 4 : 0;  // bytes a channel
+  const int64_t row_of_e = d.expand ? (a.width + 2 * a.pad_left) * l.real_bytes : 0;  // bytes a channel
   const auto rows_of_e = [&](int64_t rows) { return std::min((rows - 1) * a.stride + reach, a.height); };
   // Without expand several rows always: the depthwise pass reads what they share from L1.
   const int64_t least = d.expand ? 1 : 4;
@@ -112,7 +118,7 @@ Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   p.chunk = ceil_divide(panels, ceil_divide(panels, most)) * panel;
 
   // Rows a band: all of them if the sums stay in L2, so that weights are read once.
-  const int64_t row_bytes = a.out_width * l.out_padded * 4;
+  const int64_t row_bytes = a.out_width * l.out_padded * l.real_bytes;
   p.band_rows = a.out_height * row_bytes <= kSums ? a.out_height : clamp(kSums / 4 / row_bytes, 1, a.out_height);
 
   // Threads: whole images if they share out evenly; else cut images by rows (the rows around a cut are expanded twice)

@@ -9,6 +9,7 @@
 //
 // Without expand (MobileNetV1, and t = 1 in MobileNetV2) e is x itself. The padding is zeros in e, not act(b1): it is
 // applied after the activation. All arithmetic is fp32; x and y may be stored in fp32, bf16 or fp16.
+// The fp16 tier's arithmetic is fp16, and so are its x and y.
 //
 // Layout: x and y are channels_last, [N][H][W][channels], channels contiguous; x may have gaps between pixels and rows
 // (a channel slice), y is dense.
@@ -49,7 +50,8 @@ struct BlockArgs {
 };
 
 // ---- Packed weights -------------------------------------------------------------------------------------------------
-// One float array a block: a header, then sections, each aligned to 64 bytes. A "panel" is the width of a register tile
+// One array a block: a header, then sections of the numbers that the tier computes with (fp32, or fp16 for the fp16
+// tier), each aligned to 64 bytes. A "panel" is the width of a register tile
 // in vectors; the last panel of a matrix may be narrower. Channels are padded with zeros to whole vectors.
 //
 //   w1  [hidden panels][Cin][panel]        b1 [hidden padded]
@@ -60,12 +62,12 @@ struct BlockArgs {
 // So a chunk of hidden channels is a run of whole panels of w1, and a run of rows in each panel of w2: the chunk's
 // width is free to be chosen at run time, per image size.
 struct PackedLayout {
-  int vector;                   // floats a vector
+  int vector, real_bytes;       // numbers a vector, and the size of one
   int hidden_panel, out_panel;  // vectors a panel
   int out_pairs;                // vectors of w2's panel if it is paired, else 0
   int64_t hidden_padded, out_padded;
-  int64_t w1, b1, wd, b2, w2, b3;  // offsets in floats
-  int64_t size;                    // floats in all, header included
+  int64_t w1, b1, wd, b2, w2, b3;  // offsets in numbers
+  int64_t size;                    // of the whole, header included, in floats
 };
 
 struct RawWeights {  // torch's shapes, fp32, contiguous; biases may be null
@@ -73,7 +75,8 @@ struct RawWeights {  // torch's shapes, fp32, contiguous; biases may be null
 };
 
 PackedLayout packed_layout(const BlockDims& dims, Tier tier);
-void pack(const BlockDims& dims, const RawWeights& raw, Tier tier, float* packed);
+// False if the tier computes in fp16 and a weight is too large for that: then nothing may run `packed`.
+bool pack(const BlockDims& dims, const RawWeights& raw, Tier tier, float* packed);
 // The tier an array was packed for. False when `packed` is not an array that pack() made for exactly these dims.
 bool packed_tier(const float* packed, int64_t size, const BlockDims& dims, Tier* tier);
 
@@ -121,7 +124,7 @@ struct WindowArgs;    // train_window.h
 struct WindowItem;
 
 struct TierKernels {
-  int vector;        // floats a vector
+  int vector;        // numbers a vector
   int max_panel;     // widest register tile, in vectors
   int paired_panel;  // widest one that sums up two steps of the depth in each vector; 0: none does
   size_t (*scratch_floats)(const BlockArgs&, const PackedLayout&, const Plan&);
@@ -142,6 +145,10 @@ struct TierKernels {
   void (*multiply_floats)(const StripProduct<float>&);
   // `iterations` times kFmaChains independent multiply-adds a lane; the value returned only keeps them alive
   float (*fma_chains)(int64_t iterations);
+  // Of the tier that computes in fp16: weights as such; false if one becomes infinite.
+  bool (*narrow)(const float* from, int64_t count, void* to) = nullptr;
+
+  int real_bytes() const { return narrow ? 2 : 4; }  // of a number that the tier computes with
 };
 constexpr int kFmaChains = 12;  // more than latency x ports of any CPU we know, fewer than AVX2's registers
 constexpr int kMaxKernel = 31;

@@ -209,7 +209,9 @@ static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan&
   const int64_t columns = max64(a.pad_left + a.width, (a.out_width - 1) * a.stride + reach);
   b.ring_size = b.ring_rows * columns * plan.chunk;
   b.rings = b.bands > 1 ? ceil_div(l.hidden_padded, plan.chunk) : 1;
-  b.wide_rows = b.widen ? min64((plan.band_rows - 1) * a.stride + reach, a.height) : 0;
+  // With one chunk every group copies the rows that are new to it, over those of which nobody is in need any more.
+  const int64_t held_rows = l.hidden_padded <= plan.chunk ? plan.group_rows : plan.band_rows;
+  b.wide_rows = b.widen ? min64(max64((held_rows - 1) * a.stride + reach, held_rows * a.stride), a.height) : 0;
   b.wide_pitch = ceil_div(a.dims.in_channels, V::width) * V::width;
   b.d = 0;
   b.acc = b.d + plan.group_rows * a.out_width * plan.chunk;
@@ -273,9 +275,13 @@ struct Item {
     return max64(min64(end, a.height), 0);
   }
 
+  // Where row is copied to.
+  ALWAYS_INLINE Real* wide_row(int64_t row) const {
+    return wide + (row - wide_first) % b.wide_rows * a.width * b.wide_pitch;
+  }
   // Input row as Real: base and numbers between pixels.
   ALWAYS_INLINE const Real* input_row(int64_t row) const {
-    if (b.widen) return wide + (row - wide_first) * a.width * b.wide_pitch;
+    if (b.widen) return wide_row(row);
     return reinterpret_cast<const Real*>(x) + row * a.x_stride_row;
   }
   ALWAYS_INLINE int64_t input_pitch() const { return b.widen ? b.wide_pitch : a.x_stride_pixel; }
@@ -412,7 +418,7 @@ struct Item {
             continue;
           }
           if (write) {
-            project_product(left, rows, v, w, WriteOutput{start, output_rows(row, v)}, fetch);
+            project_product(left, rows, v, w, WriteOutput<Storage>{start, output_rows(row, v)}, fetch);
             continue;
           }
         }
@@ -453,7 +459,7 @@ struct Item {
   void widen_rows(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       widen_row<Storage>(x + row * a.x_stride_row, a.x_stride_pixel, a.width, a.dims.in_channels, b.wide_pitch,
-                         wide + (row - wide_first) * a.width * b.wide_pitch);
+                         wide_row(row));
   }
 
   void run() {
@@ -482,6 +488,7 @@ struct Item {
           // The first chunk's groups copy what is new to them, right before they read it.
           if (b.widen && hidden == item.hidden_begin) {
             const int64_t end = end_input_row(row_end);
+            if (a.dims.expand && l.hidden_padded <= plan.chunk) wide_first = widened;  // its rows have to adjoin
             widen_rows(widened, end);
             widened = max64(widened, end);
           }

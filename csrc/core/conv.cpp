@@ -26,31 +26,32 @@ PackedHeader header_for(const ConvDims& d, Tier tier) {
 
 ConvLayout conv_layout(const ConvDims& d, Tier tier) {
   const TierKernels* kernels = tier_kernels(tier);
+  const int64_t header = packed_header(*kernels);
   ConvLayout l;
   l.vector = kernels->vector;
   l.out_padded = round_up(d.out_channels, l.vector);
   l.panel = panel_width(l.out_padded / l.vector, kernels->max_panel);
-  l.w = kPackedHeader;
-  l.b = round_up(l.w + d.kernel * d.kernel * d.in_channels * l.out_padded, kPackedHeader);
-  l.size = l.b + round_up(l.out_padded, kPackedHeader);
+  l.w = header;
+  l.b = round_up(l.w + d.kernel * d.kernel * d.in_channels * l.out_padded, header);
+  l.size = (l.b + round_up(l.out_padded, header)) * kernels->real_bytes() / 4;
   return l;
 }
 
-void pack_conv(const ConvDims& d, const float* weight, const float* bias, Tier tier, float* packed) {
+bool pack_conv(const ConvDims& d, const float* weight, const float* bias, Tier tier, float* packed) {
   const ConvLayout l = conv_layout(d, tier);
-  const PackedHeader header = header_for(d, tier);
+  const TierKernels& kernels = *tier_kernels(tier);
   const int64_t window = d.kernel * d.kernel, depth = window * d.in_channels;
-  std::memset(packed, 0, static_cast<size_t>(l.size) * sizeof(float));
-  std::memcpy(packed, &header, sizeof header);
-  for (int64_t o = 0; o < d.out_channels; ++o) {
-    const int64_t panel = o / (l.panel * l.vector), first = panel * l.panel * l.vector;
-    const int64_t width = l.out_padded - first < l.panel * l.vector ? l.out_padded - first : l.panel * l.vector;
-    float* to = packed + l.w + first * depth + (o - first);
-    for (int64_t t = 0; t < window; ++t)
-      for (int64_t i = 0; i < d.in_channels; ++i)
-        to[(t * d.in_channels + i) * width] = weight[(o * d.in_channels + i) * window + t];
-    packed[l.b + o] = bias ? bias[o] : 0.0f;
-  }
+  return write_packed(header_for(d, tier), kernels, l.size * 4 / kernels.real_bytes(), packed, [&](float* numbers) {
+    for (int64_t o = 0; o < d.out_channels; ++o) {
+      const int64_t panel = o / (l.panel * l.vector), first = panel * l.panel * l.vector;
+      const int64_t width = l.out_padded - first < l.panel * l.vector ? l.out_padded - first : l.panel * l.vector;
+      float* to = numbers + l.w + first * depth + (o - first);
+      for (int64_t t = 0; t < window; ++t)
+        for (int64_t i = 0; i < d.in_channels; ++i)
+          to[(t * d.in_channels + i) * width] = weight[(o * d.in_channels + i) * window + t];
+      numbers[l.b + o] = bias ? bias[o] : 0.0f;
+    }
+  });
 }
 
 bool packed_conv_tier(const float* packed, int64_t size, const ConvDims& dims, Tier* tier) {

@@ -4,7 +4,8 @@
 //   y[q][o] = act( b[o] + sum_{dy,dx,i} w[o][dy][dx][i] * x[stride*q + (dy,dx) - pad][i] )        (zero outside the
 //   image)
 //
-// x may have any strides (a camera's NCHW picture is read as it is); y is dense channels_last. fp32 arithmetic.
+// x may have any strides (a camera's NCHW picture is read as it is); y is dense channels_last. fp32 arithmetic, or the
+// fp16 tier's.
 #pragma once
 
 #include "block.h"
@@ -32,12 +33,12 @@ struct ConvArgs {
 struct ConvLayout {
   int vector, panel;
   int64_t out_padded;
-  int64_t w, b;  // offsets in floats
-  int64_t size;
+  int64_t w, b;  // offsets in numbers, as PackedLayout's
+  int64_t size;  // in floats
 };
 
 ConvLayout conv_layout(const ConvDims& dims, Tier tier);
-void pack_conv(const ConvDims& dims, const float* weight, const float* bias, Tier tier, float* packed);
+bool pack_conv(const ConvDims& dims, const float* weight, const float* bias, Tier tier, float* packed);
 bool packed_conv_tier(const float* packed, int64_t size, const ConvDims& dims, Tier* tier);
 
 void run_conv(const ConvArgs& args, Tier tier, const Parallel& parallel);

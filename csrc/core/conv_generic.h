@@ -16,9 +16,9 @@ static int64_t window_columns(const ConvArgs& a) {
 // A line of output pixels whose windows are `segments` runs of Depth numbers in `left`, Step numbers from one pixel to
 // the next. With both known to the compiler a tile needs one pointer for all its rows, and its loads step by constants:
 // a depth of 27 is too short to pay for less. Tiles of one height only, the last one over its neighbour's pixels.
-template <int Panel, int Depth, int Step>
+template <int Panel, int Depth, int Step, class Storage>
 NOINLINE void window_tiles(const Rows& left, int64_t pixels, const Real* weights, const Real* bias,
-                           const Output<Own>& out) {
+                           const Output<Storage>& out) {
   constexpr int kHeight = V::kMaxRows[Panel], kWidth = Panel * V::width;
   for (int64_t pixel = 0; pixel < pixels; pixel += kHeight) {
     const int64_t first = min64(pixel, pixels - kHeight);
@@ -47,10 +47,10 @@ NOINLINE void window_tiles(const Rows& left, int64_t pixels, const Real* weights
       const V::T b_j = V::load(bias + j * V::width);
       UNROLL for (int i = 0; i < kHeight; ++i) acc[i][j] = V::add(acc[i][j], b_j);
     }
-    Real* y = out.y + first * out.y_stride;
+    typename Storage::Element* y = out.y + first * out.y_stride;
     if (out.channels >= kWidth) {
       UNROLL for (int i = 0; i < kHeight; ++i) UNROLL for (int j = 0; j < Panel; ++j) {
-        V::store(y + i * out.y_stride + j * V::width, V::clamp(acc[i][j], out.lo, out.hi));
+        Storage::store(y + i * out.y_stride + j * V::width, V::clamp(acc[i][j], out.lo, out.hi));
       }
     } else {
       UNROLL for (int i = 0; i < kHeight; ++i) UNROLL for (int j = 0; j < Panel; ++j)
@@ -59,9 +59,9 @@ NOINLINE void window_tiles(const Rows& left, int64_t pixels, const Real* weights
   }
 }
 
-template <int Panel, int Depth, int Step>
+template <int Panel, int Depth, int Step, class Storage>
 ALWAYS_INLINE bool window_tiles_of_width(int64_t width, const Rows& left, int64_t pixels, const Real* weights,
-                                         const Real* bias, const Output<Own>& out) {
+                                         const Real* bias, const Output<Storage>& out) {
   if constexpr (Panel >= 1) {
     if (width != Panel) return window_tiles_of_width<Panel - 1, Depth, Step>(width, left, pixels, weights, bias, out);
     if (pixels < V::kMaxRows[Panel]) return false;
@@ -73,8 +73,9 @@ ALWAYS_INLINE bool window_tiles_of_width(int64_t width, const Rows& left, int64_
 
 // The windows that stems have: 3 x 3, stride 2, of planes or of pixels with 3 channels. False for others: each kind
 // here is compiled for every panel, and is long code.
+template <class Storage>
 static bool stem_tiles(int64_t width, const Rows& left, int64_t pixels, const Real* weights, const Real* bias,
-                       const Output<Own>& out) {
+                       const Output<Storage>& out) {
   constexpr int P = V::kMaxPanel;
   if (left.segments == 1) return false;
   if (left.depth == 3 && left.stride == 2)
@@ -120,28 +121,18 @@ struct ConvWork {
       out.lo = lo;
       out.hi = hi;
       const Real* bias = packed + l.b + v * V::width;
-      if constexpr (Storage::kOwn) {
-        if (!stem_tiles(width, left, rows, w, bias, out)) product_in_parts(width, left, rows, w, bias, sums, out);
-      } else {
-        const int channels = static_cast<int>(width * V::width);
-        const Output<Own> wide = {sums, channels, nullptr, 0, channels, out.bounded, lo, hi};
-        if (!stem_tiles(width, left, rows, w, bias, wide))
-          product(width, left, rows, w, KeepSum{{bias, nullptr, channels}, sums});
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t j = 0; j < width; ++j)
-            out.write(r, static_cast<int>(j), V::load(sums + (r * width + j) * V::width));
-      }
+      if (!stem_tiles(width, left, rows, w, bias, out)) product_in_parts(width, left, rows, w, bias, sums, out);
     }
   }
 
   // Parts of a long depth are added as wholes, as those of a block's hidden channels are: it keeps rounding errors
   // down.
   static void product_in_parts(int64_t width, Rows left, int64_t rows, const Real* w, const Real* bias, Real* sums,
-                               const Output<Own>& out) {
-    constexpr int64_t kDepth = 128;
+                               const Output<Storage>& out) {
+    constexpr int64_t kDepth = V::kPart ? 1 << 30 : 128;  // a tile has parts of its own
     const int64_t pitch = width * V::width, depth = left.depth;
     const int64_t parts = left.segments == 1 ? ceil_div(depth, kDepth) : 1;
-    if (parts == 1) return product(width, left, rows, w, WriteOutput{{kZeros, bias, 0}, out});
+    if (parts == 1) return product(width, left, rows, w, WriteOutput<Storage>{{kZeros, bias, 0}, out});
     const Real* first = left.first;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = depth * part / parts, end = depth * (part + 1) / parts;
@@ -155,7 +146,7 @@ struct ConvWork {
       }
       // Lines of y that lie far apart, each written for the first time: stores that miss wait for each other.
       for (int64_t row = 0; row < rows; ++row) __builtin_prefetch(out.y + row * out.y_stride, 1, 3);
-      product(width, left, rows, w + begin * pitch, WriteOutput{start, out}, behind);
+      product(width, left, rows, w + begin * pitch, WriteOutput<Storage>{start, out}, behind);
     }
   }
 

@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <cstring>
+#include <vector>
 
 #include "block.h"
 
@@ -85,8 +86,9 @@ int panel_width(int64_t vectors, int widest) {
 bool read_header(const float* packed, int64_t size, uint32_t magic, PackedHeader* header, Tier* tier) {
   if (size < kPackedHeader) return false;
   std::memcpy(header, packed, sizeof *header);
-  if (header->magic != magic || header->tier > static_cast<uint32_t>(Tier::avx512)) return false;
+  if (header->magic != magic) return false;
   *tier = static_cast<Tier>(header->tier);
+  if (*tier == fp16_tier().tier) return fp16_tier().runnable;
   for (const TierStatus& status : tiers())  // it may come from another machine
     if (status.tier == *tier) return status.runnable;
   return false;
@@ -96,16 +98,18 @@ PackedLayout packed_layout(const BlockDims& d, Tier tier) {
   const TierKernels* kernels = tier_kernels(tier);
   PackedLayout l;
   l.vector = kernels->vector;
+  l.real_bytes = kernels->real_bytes();
   l.hidden_padded = round_up(d.hidden_channels, l.vector);
   l.out_padded = round_up(d.out_channels, l.vector);
   l.hidden_panel = panel_width(l.hidden_padded / l.vector, kernels->max_panel);
   l.out_panel = panel_width(l.out_padded / l.vector, kernels->max_panel);
   const int64_t pairs = ceil_divide(d.out_channels, l.vector / 2);
   l.out_pairs = pairs <= kernels->paired_panel && d.hidden_channels % 2 == 0 ? static_cast<int>(pairs) : 0;
-  int64_t at = kPackedHeader;
-  const auto section = [&at](int64_t floats) {
+  const int64_t header = packed_header(*kernels);
+  int64_t at = header;
+  const auto section = [&](int64_t numbers) {
     const int64_t begin = at;
-    at = round_up(at + floats, kPackedHeader);
+    at = round_up(at + numbers, header);
     return begin;
   };
   l.w1 = section(d.expand ? d.in_channels * l.hidden_padded : 0);
@@ -114,27 +118,40 @@ PackedLayout packed_layout(const BlockDims& d, Tier tier) {
   l.b2 = section(l.hidden_padded);
   l.w2 = section(d.hidden_channels * l.out_padded);
   l.b3 = section(l.out_padded);
-  l.size = at;
+  l.size = at * l.real_bytes / 4;
   return l;
 }
 
-void pack(const BlockDims& d, const RawWeights& raw, Tier tier, float* packed) {
-  const PackedLayout l = packed_layout(d, tier);
-  const PackedHeader header = header_for(d, tier);
-  std::memset(packed, 0, static_cast<size_t>(l.size) * sizeof(float));
+bool write_packed(const PackedHeader& header, const TierKernels& kernels, int64_t numbers, float* packed,
+                  const std::function<void(float*)>& fill) {
+  const int64_t begin = packed_header(kernels);
+  std::memset(packed, 0, static_cast<size_t>(numbers * kernels.real_bytes()));
   std::memcpy(packed, &header, sizeof header);
-  if (d.expand) {
-    pack_matrix(raw.w_expand, d.hidden_channels, d.in_channels, l.hidden_padded, l.hidden_panel * l.vector,
-                packed + l.w1);
-    pack_bias(raw.b_expand, d.hidden_channels, l.hidden_padded, packed + l.b1);
+  if (!kernels.narrow) {
+    fill(packed);
+    return true;
   }
-  pack_matrix(raw.w_depthwise, d.hidden_channels, d.kernel * d.kernel, l.hidden_padded, l.vector, packed + l.wd);
-  pack_bias(raw.b_depthwise, d.hidden_channels, l.hidden_padded, packed + l.b2);
-  if (l.out_pairs)
-    pack_pairs(raw.w_project, d.out_channels, d.hidden_channels, l.out_pairs, l.vector, packed + l.w2);
-  else
-    pack_matrix(raw.w_project, d.out_channels, d.hidden_channels, l.out_padded, l.out_panel * l.vector, packed + l.w2);
-  pack_bias(raw.b_project, d.out_channels, l.out_padded, packed + l.b3);
+  std::vector<float> wide(static_cast<size_t>(numbers));
+  fill(wide.data());
+  return kernels.narrow(wide.data() + begin, numbers - begin, packed + kPackedHeader);
+}
+
+bool pack(const BlockDims& d, const RawWeights& raw, Tier tier, float* packed) {
+  const PackedLayout l = packed_layout(d, tier);
+  return write_packed(header_for(d, tier), *tier_kernels(tier), l.size * 4 / l.real_bytes, packed, [&](float* to) {
+    if (d.expand) {
+      pack_matrix(raw.w_expand, d.hidden_channels, d.in_channels, l.hidden_padded, l.hidden_panel * l.vector,
+                  to + l.w1);
+      pack_bias(raw.b_expand, d.hidden_channels, l.hidden_padded, to + l.b1);
+    }
+    pack_matrix(raw.w_depthwise, d.hidden_channels, d.kernel * d.kernel, l.hidden_padded, l.vector, to + l.wd);
+    pack_bias(raw.b_depthwise, d.hidden_channels, l.hidden_padded, to + l.b2);
+    if (l.out_pairs)
+      pack_pairs(raw.w_project, d.out_channels, d.hidden_channels, l.out_pairs, l.vector, to + l.w2);
+    else
+      pack_matrix(raw.w_project, d.out_channels, d.hidden_channels, l.out_padded, l.out_panel * l.vector, to + l.w2);
+    pack_bias(raw.b_project, d.out_channels, l.out_padded, to + l.b3);
+  });
 }
 
 bool packed_tier(const float* packed, int64_t size, const BlockDims& dims, Tier* tier) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "block.h"
 
@@ -20,6 +21,14 @@ static_assert(sizeof(PackedHeader) <= kPackedHeader * sizeof(float), "the header
 
 // False when the array is too short, was not made for `magic`, or names a tier that cannot run here.
 bool read_header(const float* packed, int64_t size, uint32_t magic, PackedHeader* header, Tier* tier);
+
+// Numbers of a packed array's header, for the tier.
+inline int64_t packed_header(const TierKernels& kernels) { return kPackedHeader * 4 / kernels.real_bytes(); }
+
+// fill(numbers) writes a tier's packed array as fp32, all but the header, into zeros; false if it holds what becomes
+// infinite in fp16.
+bool write_packed(const PackedHeader& header, const TierKernels& kernels, int64_t numbers, float* packed,
+                  const std::function<void(float*)>& fill);
 
 // A matrix in panels of `panel` channels, dst[panel][depth][channel], zeros in the channels behind the last.
 struct PanelMatrix {

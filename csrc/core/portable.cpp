@@ -17,6 +17,7 @@ struct V {
   static constexpr DType dtype = DType::f32;
   typedef float T __attribute__((vector_size(16)));  // GCC's and Clang's: any target, in what registers it has
   static constexpr int width = 4;
+  static constexpr int kPart = 0;
   static constexpr int kMaxPanel = 2;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 4, 4};
   static constexpr int kPairedPanel = 0;
@@ -52,6 +53,10 @@ struct V {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
 
+  // As many 16-bit numbers as `from` has, then zeros.
+  V_INLINE void copy(const uint16_t* from, int has, uint16_t* to, int count) {
+    for (int i = 0; i < count; ++i) to[i] = i < has ? from[i] : 0;
+  }
   V_INLINE float from_bits(uint32_t bits) {
     float v;
     std::memcpy(&v, &bits, sizeof v);

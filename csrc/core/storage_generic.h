@@ -7,7 +7,7 @@
 
 using F32 = Own;
 
-// 16-bit storage. Part of a vector goes through a buffer: the masked forms of these loads are not worth their code.
+// 16-bit storage. Part of a vector goes through a buffer.
 template <V::T (*Load)(const uint16_t*), void (*Store)(uint16_t*, V::T)>
 struct Half {
   static constexpr bool kOwn = false;
@@ -19,15 +19,15 @@ struct Half {
     return lanes[0];
   }
   static ALWAYS_INLINE V::T load(const uint16_t* p, int n) {
-    uint16_t buffer[V::width] = {};
-    for (int i = 0; i < n; ++i) buffer[i] = p[i];
+    uint16_t buffer[V::width];
+    V::copy(p, n, buffer, V::width);
     return Load(buffer);
   }
   static ALWAYS_INLINE void store(uint16_t* p, V::T v) { Store(p, v); }
   static ALWAYS_INLINE void store(uint16_t* p, V::T v, int n) {
     uint16_t buffer[V::width];
     Store(buffer, v);
-    for (int i = 0; i < n; ++i) p[i] = buffer[i];
+    V::copy(buffer, n, p, n);
   }
 };
 using BF16 = Half<V::load_bf16, V::store_bf16>;

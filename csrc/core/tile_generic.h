@@ -22,6 +22,10 @@ static const float kInfinity = __builtin_inff();
 static ALWAYS_INLINE bool bounds(Clamp c) { return c.lo > -kInfinity || c.hi < kInfinity; }
 alignas(64) static const Real kZeros[V::kMaxPanel * V::width] = {};
 
+static ALWAYS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static ALWAYS_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static ALWAYS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // ---- Register tiles: rows x panel of accumulators -------------------------------------------------------------------
 
 // The left matrix: rows `stride` numbers apart; a row is `segments` runs of `depth` numbers, `step` numbers apart (the
@@ -41,6 +45,10 @@ ALWAYS_INLINE auto when_done(const Epilogue& epilogue, int) -> decltype(epilogue
 template <class Epilogue>
 ALWAYS_INLINE const Epilogue& when_done(const Epilogue& epilogue, long) {
   return epilogue;
+}
+template <class Epilogue>
+ALWAYS_INLINE auto done_of(const Epilogue& epilogue) {
+  return when_done(epilogue, 0);
 }
 
 // A vector of weights: as many output channels as it has lanes, for one step of the depth; or, paired, half as many for
@@ -131,6 +139,65 @@ ALWAYS_INLINE void tile(const Rows& a, const Real* b, int64_t ldb, const Epilogu
   }
 }
 
+// The epilogues of a tile's parts, where V::kPart bounds how many products are added up in one go: short sums round off
+// less. The parts are added up in turn, in memory: all registers are the accumulators'.
+template <int Panel, class Epilogue>
+struct Part {
+  const Epilogue& epilogue;
+  bool first;
+  Real* totals;
+  ALWAYS_INLINE V::T start(int j) const { return first ? epilogue.start(j) : V::set(0); }
+  ALWAYS_INLINE void store(int i, int j, V::T v) const {
+    Real* total = totals + (i * Panel + j) * V::width;
+    V::store(total, first ? v : V::add(v, V::load(total)));
+  }
+};
+template <int Panel, class Epilogue>
+struct LastPart {
+  const Epilogue& epilogue;
+  const Real* totals;
+  template <class Wrapped>
+  struct Done {
+    Wrapped done;
+    const Real* totals;
+    ALWAYS_INLINE void store(int i, int j, V::T v) const {
+      done.store(i, j, V::add(v, V::load(totals + (i * Panel + j) * V::width)));
+    }
+  };
+  ALWAYS_INLINE V::T start(int) const { return V::set(0); }
+  ALWAYS_INLINE auto when_done() const { return with_totals(done_of(epilogue)); }
+  template <class Wrapped>
+  ALWAYS_INLINE Done<Wrapped> with_totals(const Wrapped& done) const {
+    return {done, totals};
+  }
+};
+
+// tile(), in parts of whole rounds of its loop, as equal as can be.
+template <bool Paired, int Height, int Panel, class Epilogue>
+ALWAYS_INLINE void tile_in_parts(const Rows& a, const Real* b, int64_t ldb, const Epilogue& epilogue) {
+  if (V::kPart == 0 || (a.segments == 1 && a.depth <= V::kPart))
+    return tile<Paired, Height, Panel>(a, b, ldb, epilogue);
+  if constexpr (V::kPart > 0) {
+    constexpr int kDepth = Steps<Paired>::kDepth;
+    alignas(64) Real totals[Height * Panel * V::width];
+    const int64_t round = 4 * kDepth, most = ceil_div(ceil_div(a.depth, ceil_div(a.depth, V::kPart)), round) * round;
+    Rows part = a;
+    part.segments = 1;
+    bool first = true;
+    for (int64_t segment = 1;; ++segment) {
+      part.first = a.first + (segment - 1) * a.step;
+      for (int64_t rest = a.depth; rest > 0;
+           rest -= most, part.first += most, b += part.depth / kDepth * ldb, first = false) {
+        part.depth = min64(rest, most);
+        if (segment == a.segments && rest <= most) {
+          return tile<Paired, Height, Panel>(part, b, ldb, LastPart<Panel, Epilogue>{epilogue, totals});
+        }
+        tile<Paired, Height, Panel>(part, b, ldb, Part<Panel, Epilogue>{epilogue, first, totals});
+      }
+    }
+  }
+}
+
 // Memory that will be wanted after this product, brought into L2 meanwhile, a few cache lines a tile. At batch 1 every
 // weight is used once a call and comes from L3 or from memory.
 struct Fetch {
@@ -155,7 +222,7 @@ NOINLINE void tiles(Rows a, int64_t row, int64_t count, const Real* b, int64_t l
   epilogue.skip(row);
   for (; count > 0; --count) {
     fetch();
-    tile<Paired, Height, Panel, Epilogue>(a, b, ldb, epilogue);
+    tile_in_parts<Paired, Height, Panel>(a, b, ldb, epilogue);
     a.first += Height * a.stride;
     epilogue.skip(Height);
   }
@@ -207,10 +274,6 @@ NOINLINE void paired_product(int64_t width, const Rows& a, int64_t rows, const R
                              const Fetch& fetch = {}) {
   product_of_width<true, V::kPairedPanel, Epilogue>(width, a, rows, b, fetch, epilogue);
 }
-
-static ALWAYS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static ALWAYS_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-static ALWAYS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // As many floats as hold so many numbers.
 static ALWAYS_INLINE size_t floats_for(int64_t numbers) {
@@ -282,8 +345,9 @@ struct Output {
   }
 };
 
+template <class Storage>
 struct WriteOutput : Sums {
-  Output<Own> output;
+  Output<Storage> output;
   ALWAYS_INLINE void store(int64_t row, int j, V::T v) const { output.write(row, j, total(row, j, v)); }
   ALWAYS_INLINE void skip(int64_t rows) {
     Sums::skip(rows);

@@ -17,6 +17,7 @@ struct V {
   static constexpr DType dtype = DType::f32;
   using T = __m256;
   static constexpr int width = 8;
+  static constexpr int kPart = 0;
   static constexpr int kMaxPanel = 3;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 6, 4};
   static constexpr int kPairedPanel = 0;
@@ -50,6 +51,10 @@ struct V {
   V_INLINE T load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   V_INLINE void store(float* p, T v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 
+  // As many 16-bit numbers as `from` has, then zeros.
+  V_INLINE void copy(const uint16_t* from, int has, uint16_t* to, int count) {
+    for (int i = 0; i < count; ++i) to[i] = i < has ? from[i] : 0;
+  }
   V_INLINE T load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

@@ -17,6 +17,7 @@ struct V {
   static constexpr DType dtype = DType::f32;
   using T = __m512;
   static constexpr int width = 16;
+  static constexpr int kPart = 0;
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
   static constexpr int kPairedPanel = 3;
@@ -67,6 +68,10 @@ struct V {
   V_INLINE T load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   V_INLINE void store(float* p, T v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
 
+  // As many 16-bit numbers as `from` has, then zeros.
+  V_INLINE void copy(const uint16_t* from, int has, uint16_t* to, int count) {
+    _mm256_mask_storeu_epi16(to, first(count), _mm256_maskz_loadu_epi16(first(has), from));
+  }
   V_INLINE T load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -80,11 +85,12 @@ struct V {
   // Round to nearest, ties to even; a NaN keeps its sign and becomes quiet (rounding could carry it into infinity).
   V_INLINE void store_bf16(uint16_t* p, T v) {
     const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-    const __m512i chosen = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
   }
 #undef V_INLINE
 };

@@ -19,10 +19,11 @@ class PeerUnavailable(Exception):
 
 
 class Peer:
-    """A way to run a network. `ours` marks those that use the fused kernel."""
+    """A way to run a network. `ours` marks those that use the fused kernel, `reduced` those that trade exactness."""
 
     name: str
     ours = False
+    reduced = False
 
     def missing(self) -> str | None:
         """Why this peer cannot run here, or None. Cheap: asked before any work."""
@@ -60,6 +61,32 @@ class Fused(Peer):
 
         fused, x = _channels_last(fuse(copy.deepcopy(model)), example)
         return lambda: fused(x)
+
+
+class FusedFp16(Fused):
+    """The same with `set_fp16_accumulation(True)`."""
+
+    name = "fused fp16 sums"
+    reduced = True
+
+    def missing(self) -> str | None:
+        from ..backends import fp16_accumulation_missing
+
+        return fp16_accumulation_missing()
+
+    def prepare(self, model: nn.Module, example: Tensor, threads: int) -> Run:
+        from .. import set_fp16_accumulation
+
+        fused = super().prepare(model, example, threads)
+
+        def run() -> Tensor:
+            set_fp16_accumulation(True)
+            try:
+                return fused()
+            finally:
+                set_fp16_accumulation(False)
+
+        return run
 
 
 class Eager(Peer):

@@ -14,6 +14,10 @@ from .inputs import block_inputs
 # The largest ||y - ref|| / ||ref|| allowed, ref in fp64 on the same rounded inputs and weights.
 ERROR_BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
+# With fp16 accumulation: of a block, what it may be off by in bfloat16; of a network, so many times the unfused one's.
+FP16_ACCUMULATION_BOUND = ERROR_BOUNDS[torch.bfloat16]
+FP16_ACCUMULATION_SLACK = 10
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -27,7 +31,14 @@ def relative_error(y: Tensor, reference: Tensor) -> float:
     return error / norm if norm != 0 else error
 
 
-def error_limit(dtype: torch.dtype, unfused_error: float, terms: int, *, network: bool = False) -> float:
+def error_limit(
+    dtype: torch.dtype,
+    unfused_error: float,
+    terms: int,
+    *,
+    network: bool = False,
+    fp16_accumulation: bool = False,
+) -> float:
     """The error that a fused result may have: of a block, in no case more than `ERROR_BOUNDS`; and the largest of
 
     - twice the error of the unfused path in the same dtype;
@@ -40,7 +51,11 @@ def error_limit(dtype: torch.dtype, unfused_error: float, terms: int, *, network
     - half a unit in the last place: results have to be rounded.
 
     Through a network errors grow with its depth, so that the bound of a block says nothing there.
+
+    With fp16 accumulation, which trades exactness, `FP16_ACCUMULATION_BOUND`.
     """
+    if fp16_accumulation:
+        return max(FP16_ACCUMULATION_BOUND, FP16_ACCUMULATION_SLACK * unfused_error if network else 0.0)
     limit = max(2 * unfused_error, 2**-24 * terms**0.5)
     if not network:
         limit = min(limit, ERROR_BOUNDS[dtype])
@@ -64,6 +79,7 @@ class BlockCheck:
     error: float
     unfused_error: float
     limit: float
+    float32_error: float | None  # with float32 accumulation, where `error` is with float16's
     backend: str | None
     tier: str | None
 
@@ -80,6 +96,7 @@ class NetworkCheck:
     error: float
     unfused_error: float
     limit: float
+    float32_error: float | None
     top1: float
     top5: float
 
@@ -117,13 +134,20 @@ def _agreement(y: Tensor, reference: Tensor, k: int) -> float:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, x: Tensor, progress: Progress = lambda text, done, total: None) -> Verification:
+def verify(
+    model: nn.Module,
+    x: Tensor,
+    progress: Progress = lambda text, done, total: None,
+    *,
+    fp16_accumulation: bool = False,
+) -> Verification:
     """Compare `fuse(model)` with `model`, both with fp64, block by block and as a whole.
 
     `model` is an unfused eval-mode network that gives [N, classes] for x [N, 3, H, W] of its own dtype; it is copied,
     not changed. Each block gets the input that it gets in the unfused network, so that errors do not add up.
+    fp16_accumulation: with `set_fp16_accumulation(True)`; and without, to compare.
     """
-    from .. import fuse, summary
+    from .. import fuse, set_fp16_accumulation, summary
     from ..patch import fused_parts, unfused_part
 
     fused = fuse(copy.deepcopy(model))
@@ -131,13 +155,27 @@ def verify(model: nn.Module, x: Tensor, progress: Progress = lambda text, done, 
     total = len(parts) + 1
     progress("network", 0, total)
     exact = copy.deepcopy(model).double()
-    reference, unfused_y, fused_y = exact(x.double()), model(x), fused(x)
+
+    def both(run: Callable[[Tensor], Tensor], x: Tensor, reference: Tensor) -> tuple[Tensor, float | None]:
+        """The output, and the error with float32 accumulation if the output is with float16's."""
+        if not fp16_accumulation:
+            return run(x), None
+        float32_error = relative_error(run(x), reference)
+        set_fp16_accumulation(True)
+        try:
+            return run(x), float32_error
+        finally:
+            set_fp16_accumulation(False)
+
+    reference, unfused_y = exact(x.double()), model(x)
+    fused_y, float32_error = both(fused, x, reference)
     unfused_error = relative_error(unfused_y, reference)
     network = NetworkCheck(
         images=x.shape[0],
         error=relative_error(fused_y, reference),
         unfused_error=unfused_error,
-        limit=error_limit(x.dtype, unfused_error, summands(model), network=True),
+        limit=error_limit(x.dtype, unfused_error, summands(model), network=True, fp16_accumulation=fp16_accumulation),
+        float32_error=float32_error,
         top1=_agreement(fused_y, unfused_y, 1),
         top5=_agreement(fused_y, unfused_y, 5),
     )
@@ -145,12 +183,12 @@ def verify(model: nn.Module, x: Tensor, progress: Progress = lambda text, done, 
     measured = {}
     for done, path in enumerate(inputs, start=1):
         progress(path, done, total)
-        y = parts[path](inputs[path])
         reference = unfused_part(exact, path, parts[path])(inputs[path].double())
+        y, float32_error = both(parts[path], inputs[path], reference)
         unfused_y = unfused_part(model, path, parts[path])(inputs[path].clone())
         unfused_error = relative_error(unfused_y, reference)
-        limit = error_limit(x.dtype, unfused_error, summands(parts[path]))
-        measured[path] = (tuple(y.shape), relative_error(y, reference), unfused_error, limit)
+        limit = error_limit(x.dtype, unfused_error, summands(parts[path]), fp16_accumulation=fp16_accumulation)
+        measured[path] = (tuple(y.shape), relative_error(y, reference), unfused_error, limit, float32_error)
     rows = {row.path: row for row in summary(fused)}  # asked last: only now do they know what ran them
     blocks = tuple(
         BlockCheck(
@@ -162,10 +200,11 @@ def verify(model: nn.Module, x: Tensor, progress: Progress = lambda text, done, 
             error=error,
             unfused_error=unfused_error,
             limit=limit,
+            float32_error=float32_error,
             backend=rows[path].backend,
             tier=rows[path].tier,
         )
-        for path, (shape, error, unfused_error, limit) in measured.items()
+        for path, (shape, error, unfused_error, limit, float32_error) in measured.items()
     )
     refused = tuple(NotFused(row.path, row.class_name, row.reason) for row in rows.values() if not row.fused)
     return Verification(blocks, network, refused)

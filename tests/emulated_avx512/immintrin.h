@@ -117,6 +117,34 @@ EMULATED __m512i mask_blend_epi32(__mmask16 mask, __m512i a, __m512i b) {  // b 
   __builtin_memcpy(&a, x, sizeof x);
   return a;
 }
+EMULATED __mmask16 test_epi32_mask(__m512i a, __m512i b) {  // where they share a bit
+  int lanes[16];
+  const __m512i both = and_si512(a, b);
+  __builtin_memcpy(lanes, &both, sizeof lanes);
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(lanes[i] != 0) << i;
+  return static_cast<__mmask16>(mask);
+}
+EMULATED __m512i mask_add_epi32(__m512i other, __mmask16 mask, __m512i a, __m512i b) {
+  return mask_blend_epi32(mask, other, add_epi32(a, b));
+}
+EMULATED __m512i mask_or_epi32(__m512i other, __mmask16 mask, __m512i a, __m512i b) {
+  return mask_blend_epi32(mask, other, or_si512(a, b));
+}
+EMULATED __m256i maskz_loadu_epi16(__mmask16 mask, const void* p) {
+  short lanes[16] = {};
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) lanes[i] = static_cast<const short*>(p)[i];
+  __m256i v;
+  __builtin_memcpy(&v, lanes, sizeof v);
+  return v;
+}
+EMULATED void mask_storeu_epi16(void* p, __mmask16 mask, __m256i v) {
+  short lanes[16];
+  __builtin_memcpy(lanes, &v, sizeof lanes);
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) static_cast<short*>(p)[i] = lanes[i];
+}
 EMULATED __m512 mask_mov_ps(__m512 a, __mmask16 mask, __m512 b) {  // b where the bit is set
   return castsi512_ps(mask_blend_epi32(mask, castps_si512(a), castps_si512(b)));
 }
@@ -146,6 +174,8 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 
 #undef _mm512_cmp_ps_mask
 #undef _mm512_cvtps_ph
+#define _mm256_mask_storeu_epi16 emulated::mask_storeu_epi16
+#define _mm256_maskz_loadu_epi16 emulated::maskz_loadu_epi16
 #define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_add_ps emulated::add_ps
 #define _mm512_and_si512 emulated::and_si512
@@ -158,8 +188,9 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_cvtps_ph(a, rounding) emulated::cvtps_ph<rounding>(a)
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #define _mm512_loadu_ps emulated::loadu_ps
-#define _mm512_mask_blend_epi32 emulated::mask_blend_epi32
+#define _mm512_mask_add_epi32 emulated::mask_add_epi32
 #define _mm512_mask_mov_ps emulated::mask_mov_ps
+#define _mm512_mask_or_epi32 emulated::mask_or_epi32
 #define _mm512_mask_storeu_ps emulated::mask_storeu_ps
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
 #define _mm512_max_ps emulated::max_ps
@@ -171,3 +202,4 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_storeu_ps emulated::storeu_ps
 #define _mm512_sub_ps emulated::sub_ps
+#define _mm512_test_epi32_mask emulated::test_epi32_mask
