@@ -18,7 +18,7 @@ struct V {
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
   static constexpr int kPairedPanel = 0;
-  static constexpr int kMaxRun = 8;  // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
+  static constexpr int kMaxPatchHeight = 4, kMaxPatch[kMaxPatchHeight + 1] = {0, 8, 7, 5, 4};  // as avx512 has them
 
 #define V_INLINE static inline __attribute__((always_inline))
   V_INLINE T set(float v) { return _mm512_set1_ph(static_cast<_Float16>(v)); }
