@@ -55,12 +55,14 @@ struct BlockArgs {
 //   w1  [hidden panels][Cin][panel]        b1 [hidden padded]
 //   wd  [hidden vectors][k*k][vector]      b2 [hidden padded]
 //   w2  [out panels][C][panel]             b3 [out padded]
+//   w2, paired: [C / 2][panel], the one panel of vectors that hold half as many output channels for two hidden channels
 //
 // So a chunk of hidden channels is a run of whole panels of w1, and a run of rows in each panel of w2: the chunk's
 // width is free to be chosen at run time, per image size.
 struct PackedLayout {
   int vector;                   // floats a vector
   int hidden_panel, out_panel;  // vectors a panel
+  int out_pairs;                // vectors of w2's panel if it is paired, else 0
   int64_t hidden_padded, out_padded;
   int64_t w1, b1, wd, b2, w2, b3;  // offsets in floats
   int64_t size;                    // floats in all, header included
@@ -119,8 +121,9 @@ struct WindowArgs;    // train_window.h
 struct WindowItem;
 
 struct TierKernels {
-  int vector;     // floats a vector
-  int max_panel;  // widest register tile, in vectors
+  int vector;        // floats a vector
+  int max_panel;     // widest register tile, in vectors
+  int paired_panel;  // widest one that sums up two steps of the depth in each vector; 0: none does
   size_t (*scratch_floats)(const BlockArgs&, const PackedLayout&, const Plan&);
   void (*work)(const BlockArgs&, const PackedLayout&, const Plan&, const WorkItem&, float* scratch);
   // y rows of one image from `splits` partial sums that lie `stride` floats apart

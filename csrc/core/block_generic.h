@@ -16,12 +16,12 @@
 // ---- Expand: where its rows go --------------------------------------------------------------------------------------
 
 struct ExpandEpilogue {
-  const float* bias;
-  float* out;
+  const Real* bias;
+  Real* out;
   const int32_t* offset;  // where a row of the product lies in the ring
   const Clamp* clamp;
   struct Done {
-    float* out;
+    Real* out;
     const int32_t* offset;
     V::T lo, hi;
     ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
@@ -37,25 +37,25 @@ struct ExpandEpilogue {
 
 // A group of output rows.
 struct Depthwise {
-  const float* const* rows;  // [group][kernel]: rows of e under the kernel's rows; null where one lies in the padding
+  const Real* const* rows;  // [group][kernel]: rows of e under the kernel's rows; null where one lies in the padding
   int64_t group;
-  int64_t pitch;         // floats between pixels of e
+  int64_t pitch;         // from a pixel of e to the next, in numbers
   int64_t first_column;  // column of e under output column 0's first tap; negative: in the padding
   int64_t width;         // columns that exist
   int64_t out_pitch, out_width;
   int64_t kernel, stride, dilation;
-  int64_t vectors;       // of channels
-  const float* weights;  // [vector][k*k][V::width]
-  const float* bias;
-  float* out;  // [group][out_width][out_pitch]
+  int64_t vectors;      // of channels
+  const Real* weights;  // [vector][k*k][V::width]
+  const Real* bias;
+  Real* out;  // [group][out_width][out_pitch]
   Clamp clamp;
 };
 
 // `Count` neighbouring outputs, one vector of channels. Each loaded pixel serves all the taps of a row that it takes
 // part in. Every Kernel-th column in turn: that is one multiply-add for each output, so that none waits for its last.
 template <int Kernel, int Stride, int Count>
-ALWAYS_INLINE void depthwise_run(const float* const* rows, int64_t at, int64_t pitch, const float* weights,
-                                 const float* bias, V::T lo, V::T hi, float* out, int64_t out_pitch) {
+ALWAYS_INLINE void depthwise_run(const Real* const* rows, int64_t at, int64_t pitch, const Real* weights,
+                                 const Real* bias, V::T lo, V::T hi, Real* out, int64_t out_pitch) {
   V::T acc[Count];
   const V::T start = V::load(bias);
   UNROLL for (int u = 0; u < Count; ++u) acc[u] = start;
@@ -64,7 +64,7 @@ ALWAYS_INLINE void depthwise_run(const float* const* rows, int64_t at, int64_t p
     V::T w[Kernel];
     UNROLL for (int t = 0; t < Kernel; ++t) w[t] = V::load(weights + (dy * Kernel + t) * V::width);
     constexpr int kColumns = (Count - 1) * Stride + Kernel, kBases = (kColumns + 2) / 3;  // as in tile()
-    const float* base[kBases] = {rows[dy] + at};
+    const Real* base[kBases] = {rows[dy] + at};
     UNROLL for (int i = 1; i < kBases; ++i) {
       KEEP(base[i - 1]);  // else a register for each column's offset is computed ahead, and does not stay in one
       base[i] = base[i - 1] + 3 * pitch;
@@ -88,12 +88,12 @@ NOINLINE void depthwise_edge(const Depthwise& d, int64_t begin, int64_t end) {
   const int64_t kernel = Kernel ? Kernel : d.kernel;
   const V::T lo = V::set(d.clamp.lo), hi = V::set(d.clamp.hi);
   for (int64_t oy = 0; oy < d.group; ++oy) {
-    const float* const* rows = d.rows + oy * kernel;
+    const Real* const* rows = d.rows + oy * kernel;
     for (int64_t ox = begin; ox < end; ++ox) {
       const int64_t column = d.first_column + ox * d.stride;
       for (int64_t v = 0; v < d.vectors; ++v) {
         V::T acc = V::load(d.bias + v * V::width);
-        const float* w = d.weights + v * kernel * kernel * V::width;
+        const Real* w = d.weights + v * kernel * kernel * V::width;
         UNROLL for (int64_t dy = 0; dy < kernel; ++dy) {
           if (!rows[dy]) continue;
           UNROLL for (int64_t dx = 0; dx < kernel; ++dx) {
@@ -115,13 +115,13 @@ template <int Kernel, int Stride, int Count>
 NOINLINE void depthwise_runs(const Depthwise& d, int64_t ox, int64_t count) {
   const int64_t pitch = d.pitch, out_pitch = d.out_pitch;
   const V::T lo = V::set(d.clamp.lo), hi = V::set(d.clamp.hi);
-  float* out = d.out + ox * out_pitch;
+  Real* out = d.out + ox * out_pitch;
   int64_t at = (d.first_column + ox * Stride) * pitch;
   for (int64_t i = count; i > 0; --i, at += Count * Stride * pitch, out += Count * out_pitch)
     for (int64_t oy = 0; oy < d.group; ++oy) {
-      const float* rows[Kernel];
+      const Real* rows[Kernel];
       UNROLL for (int dy = 0; dy < Kernel; ++dy) rows[dy] = d.rows[oy * Kernel + dy];
-      float* to = out + oy * d.out_width * out_pitch;
+      Real* to = out + oy * d.out_width * out_pitch;
       for (int64_t v = 0; v < d.vectors; ++v)
         depthwise_run<Kernel, Stride, Count>(rows, at + v * V::width, pitch,
                                              d.weights + v * (Kernel * Kernel * V::width), d.bias + v * V::width, lo,
@@ -173,17 +173,17 @@ static void depthwise_rows(const Depthwise& d) {
 
 // How an item's buffers lie in its scratch.
 struct Buffers {
-  bool widen;  // x is copied to fp32 first (16-bit storage, or no expand with channels that fill no vector)
+  bool widen;  // x is copied as Real first (another storage, or no expand with channels that fill no vector)
   int64_t bands;
   int64_t ring_rows, ring_pitch, ring_size, rings;
   int64_t wide_rows, wide_pitch;                    // copied x
-  int64_t d, acc, ring, wide, rows, offsets, size;  // offsets in floats
+  int64_t d, acc, ring, wide, rows, offsets, size;  // offsets in numbers (Real)
 };
 
 static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan& plan) {
   Buffers b = {};
   const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
-  b.widen = a.dtype != DType::f32 || (!a.dims.expand && a.dims.hidden_channels % V::width != 0);
+  b.widen = a.dtype != V::dtype || (!a.dims.expand && a.dims.hidden_channels % V::width != 0);
   b.bands = ceil_div(ceil_div(a.out_height, plan.row_parts), plan.band_rows);
   b.ring_rows = a.dims.expand ? min64((plan.group_rows - 1) * a.stride + reach, a.height) : 0;
   // a ring's row: the image's columns and the padding that any output's taps can reach
@@ -197,28 +197,30 @@ static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan&
   b.acc = b.d + plan.group_rows * a.out_width * plan.chunk;
   b.ring = b.acc + plan.band_rows * a.out_width * l.out_padded;
   b.wide = b.ring + b.rings * b.ring_size;
-  b.rows = ceil_div(b.wide + b.wide_rows * a.width * b.wide_pitch, 16) * 16;
-  constexpr int64_t kPointerBytes = sizeof(float*);
-  b.offsets = b.rows + plan.group_rows * a.dims.kernel * (kPointerBytes / 4);
-  b.size = b.offsets + (b.ring_rows * a.width + 15) / 16 * 16;
+  constexpr int64_t kReal = sizeof(Real), kPointer = sizeof(Real*), kOffset = sizeof(int32_t);
+  b.rows = ceil_div(b.wide + b.wide_rows * a.width * b.wide_pitch, kLine) * kLine;
+  b.offsets = b.rows + plan.group_rows * a.dims.kernel * (kPointer / kReal);
+  b.size = b.offsets + ceil_div(b.ring_rows * a.width * (kOffset / kReal), kLine) * kLine;
   return b;
 }
 
 static size_t scratch_floats(const BlockArgs& a, const PackedLayout& l, const Plan& plan) {
-  return static_cast<size_t>(buffers_of(a, l, plan).size);
+  return floats_for(buffers_of(a, l, plan).size);
 }
 
 template <class Storage>
 struct Item {
   using Element = typename Storage::Element;
-  static constexpr bool kDirect = sizeof(Element) == sizeof(float);  // products write y themselves
+  static constexpr bool kDirect = Storage::kOwn;  // products write y themselves
   const BlockArgs& a;
   const PackedLayout& l;
   const Plan& plan;
   const WorkItem& item;
   const Buffers b;
-  float *d, *acc, *ring, *wide;
-  const float** rows;  // under the kernel's rows, for the depthwise pass
+  const Real* packed;
+  Real* partial;  // item.partial
+  Real *d, *acc, *ring, *wide;
+  const Real** rows;  // under the kernel's rows, for the depthwise pass
   int32_t* offsets;
   const Element* x;  // this image
   Element* y;
@@ -226,13 +228,16 @@ struct Item {
   int64_t ring_columns;
   int64_t wide_first = 0;  // input row that wide's first row holds
 
-  Item(const BlockArgs& a_, const PackedLayout& l_, const Plan& plan_, const WorkItem& item_, float* scratch)
+  Item(const BlockArgs& a_, const PackedLayout& l_, const Plan& plan_, const WorkItem& item_, float* memory)
       : a(a_), l(l_), plan(plan_), item(item_), b(buffers_of(a_, l_, plan_)) {
+    Real* const scratch = reinterpret_cast<Real*>(memory);
+    packed = reinterpret_cast<const Real*>(a.packed);
+    partial = reinterpret_cast<Real*>(item.partial);
     d = scratch + b.d;
     acc = scratch + b.acc;
     ring = scratch + b.ring;
     wide = scratch + b.wide;
-    rows = reinterpret_cast<const float**>(scratch + b.rows);
+    rows = reinterpret_cast<const Real**>(scratch + b.rows);
     offsets = reinterpret_cast<int32_t*>(scratch + b.offsets);
     x = static_cast<const Element*>(a.x) + item.image * a.x_stride_image;
     y = static_cast<Element*>(a.y) + item.image * a.out_height * a.out_width * a.dims.out_channels;
@@ -250,10 +255,10 @@ struct Item {
     return max64(min64(end, a.height), 0);
   }
 
-  // Input row as fp32: base and floats between pixels.
-  ALWAYS_INLINE const float* input_row(int64_t row) const {
+  // Input row as Real: base and numbers between pixels.
+  ALWAYS_INLINE const Real* input_row(int64_t row) const {
     if (b.widen) return wide + (row - wide_first) * a.width * b.wide_pitch;
-    return reinterpret_cast<const float*>(x) + row * a.x_stride_row;
+    return reinterpret_cast<const Real*>(x) + row * a.x_stride_row;
   }
   ALWAYS_INLINE int64_t input_pitch() const { return b.widen ? b.wide_pitch : a.x_stride_pixel; }
   // Rows follow each other as pixels do, so several can be one matrix.
@@ -261,11 +266,11 @@ struct Item {
 
   // As many weights (in vectors) as a product has, from behind its own: panels follow each other, and so do the hidden
   // channels of a panel of the project's.
-  ALWAYS_INLINE Fetch behind(const float* w, int64_t vectors) const {
-    return {w + vectors * V::width, vectors * V::width * static_cast<int64_t>(sizeof(float))};
+  ALWAYS_INLINE Fetch behind(const Real* w, int64_t vectors) const {
+    return {w + vectors * V::width, vectors * V::width * static_cast<int64_t>(sizeof(Real))};
   }
 
-  void expand_rows(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, float* chunk_ring, bool fetch_weights) {
+  void expand_rows(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, Real* chunk_ring, bool fetch_weights) {
     const int64_t pitch = b.ring_pitch, row_size = ring_columns * pitch;
     int32_t* to = offsets;
     for (int64_t row = begin; row < end; ++row) {
@@ -277,9 +282,9 @@ struct Item {
     for (int64_t v = 0; v < vectors; v += l.hidden_panel) {
       const int64_t panel_begin = hidden / V::width + v;  // a whole number of panels from the start
       const int64_t width = min64(l.hidden_panel, l.hidden_padded / V::width - panel_begin);
-      const float* w = a.packed + l.w1 + panel_begin * V::width * depth;
+      const Real* w = packed + l.w1 + panel_begin * V::width * depth;
       for (int64_t row = begin; row < end; row += step) {
-        const ExpandEpilogue epilogue{a.packed + l.b1 + hidden + v * V::width, chunk_ring + v * V::width,
+        const ExpandEpilogue epilogue{packed + l.b1 + hidden + v * V::width, chunk_ring + v * V::width,
                                       offsets + (row - begin) * a.width, &a.activation};
         product(width, {input_row(row), input_pitch(), depth}, step * a.width, w, epilogue,
                 fetch_weights && row == begin ? behind(w, depth * width) : Fetch{});
@@ -287,12 +292,12 @@ struct Item {
     }
   }
 
-  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, const float* chunk_ring) {
+  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, const Real* chunk_ring) {
     const int64_t k = a.dims.kernel;
     for (int64_t oy = begin; oy < end; ++oy) {
       for (int64_t dy = 0; dy < k; ++dy) {
         const int64_t row = oy * a.stride - a.pad_top + dy * a.dilation;
-        const float*& to = rows[(oy - begin) * k + dy];
+        const Real*& to = rows[(oy - begin) * k + dy];
         if (row < 0 || row >= a.height)
           to = nullptr;
         else if (a.dims.expand)
@@ -310,8 +315,8 @@ struct Item {
     p.out_pitch = plan.chunk;
     p.out_width = a.out_width;
     p.vectors = vectors;
-    p.weights = a.packed + l.wd + hidden * k * k;
-    p.bias = a.packed + l.b2 + hidden;
+    p.weights = packed + l.wd + hidden * k * k;
+    p.bias = packed + l.b2 + hidden;
     p.out = d;
     p.clamp = a.activation;
     if (a.dims.expand) {  // the ring has its padding columns
@@ -326,10 +331,24 @@ struct Item {
     depthwise_rows(p);
   }
 
-  // The panel of w2 that begins at output vector v, from channel `hidden` on.
-  ALWAYS_INLINE const float* project_weights(int64_t v, int64_t hidden) const {
-    const int64_t width = min64(l.out_panel, l.out_padded / V::width - v);
-    return a.packed + l.w2 + (v * a.dims.hidden_channels + hidden * width) * V::width;
+  // Vectors of output channels in the panel of w2 that begins at vector v, and numbers in it for a hidden channel.
+  ALWAYS_INLINE int64_t project_width(int64_t v) const { return min64(l.out_panel, l.out_padded / V::width - v); }
+  ALWAYS_INLINE int64_t project_step(int64_t v) const {
+    return l.out_pairs ? l.out_pairs * (V::width / 2) : project_width(v) * V::width;
+  }
+  // That panel, from channel `hidden` on.
+  ALWAYS_INLINE const Real* project_weights(int64_t v, int64_t hidden) const {
+    return packed + l.w2 + v * V::width * a.dims.hidden_channels + hidden * project_step(v);
+  }
+
+  // A part of d times that part of w2 that begins at output vector v.
+  template <class Epilogue>
+  void project_product(const Rows& left, int64_t rows, int64_t v, const Real* w, const Epilogue& epilogue,
+                       const Fetch& fetch) const {
+    if (l.out_pairs)
+      paired_product(l.out_pairs, left, rows, w, epilogue, fetch);
+    else
+      product(project_width(v), left, rows, w, epilogue, fetch);
   }
 
   // What project() reads after a panel of w2: the panel that begins at output vector v, for the same `depth` hidden
@@ -342,27 +361,25 @@ struct Item {
       depth = min64(plan.chunk, min64(item.hidden_end, a.dims.hidden_channels) - hidden);
       if (depth <= 0) return {};
     }
-    const int64_t width = min64(l.out_panel, l.out_padded / V::width - v);
-    return {project_weights(v, hidden), depth * width * V::width * static_cast<int64_t>(sizeof(float))};
+    return {project_weights(v, hidden), depth * project_step(v) * static_cast<int64_t>(sizeof(Real))};
   }
 
   // Output rows [begin, end), hidden channels [hidden, hidden + depth), all output channels: on top of `sums`, or of
   // the bias if this is the first chunk; into y if `write`, else back into `sums`.
-  void project(int64_t begin, int64_t end, int64_t hidden, int64_t depth, bool first, bool write, float* sums,
+  void project(int64_t begin, int64_t end, int64_t hidden, int64_t depth, bool first, bool write, Real* sums,
                const Fetch& fetch_input, bool fetch_weights) {
     const int64_t vectors = l.out_padded / V::width;
     // The residual's rows may lie apart (a channel slice with gaps): then one row at a time.
     const bool by_row = write && a.residual && a.x_stride_row != a.width * a.x_stride_pixel;
     const int64_t step = by_row ? 1 : end - begin;
     for (int64_t v = 0; v < vectors; v += l.out_panel) {
-      const int64_t width = min64(l.out_panel, vectors - v);
-      const float* w = project_weights(v, hidden);
+      const Real* w = project_weights(v, hidden);
       const int64_t rest = a.dims.out_channels - v * V::width;
-      const float* bias = item.hidden_begin == 0 ? a.packed + l.b3 + v * V::width : kZeros;
+      const Real* bias = item.hidden_begin == 0 ? packed + l.b3 + v * V::width : kZeros;
       for (int64_t row = begin; row < end; row += step) {
         const int64_t at = (row - begin) * a.out_width, rows = step * a.out_width;
-        const float* from = d + at * plan.chunk;
-        float* to = sums + at * l.out_padded + v * V::width;
+        const Rows left{d + at * plan.chunk, plan.chunk, depth};
+        Real* to = sums + at * l.out_padded + v * V::width;
         Fetch fetch = {};
         if (v == 0 && row == begin && fetch_input.bytes)
           fetch = fetch_input;
@@ -370,19 +387,18 @@ struct Item {
           fetch = next_panel(v + l.out_panel, hidden, depth);
         const Sums start{first ? bias : kZeros, first ? nullptr : to, l.out_padded};
         if constexpr (kDirect) {
-          if (write && first && !a.residual && !bounds(a.final_activation) && rest >= width * V::width) {
+          if (write && first && !a.residual && !bounds(a.final_activation) && rest >= project_width(v) * V::width) {
             // The only chunk, and nothing but its sums: whole vectors of them go where y wants them.
-            float* to_y = reinterpret_cast<float*>(y) + row * a.out_width * a.dims.out_channels + v * V::width;
-            product(width, {from, plan.chunk, depth}, rows, w, KeepSum{{bias, nullptr, a.dims.out_channels}, to_y},
-                    fetch);
+            Real* to_y = reinterpret_cast<Real*>(y) + row * a.out_width * a.dims.out_channels + v * V::width;
+            project_product(left, rows, v, w, KeepSum{{bias, nullptr, a.dims.out_channels}, to_y}, fetch);
             continue;
           }
           if (write) {
-            product(width, {from, plan.chunk, depth}, rows, w, WriteOutput{start, output_rows(row, v)}, fetch);
+            project_product(left, rows, v, w, WriteOutput{start, output_rows(row, v)}, fetch);
             continue;
           }
         }
-        product(width, {from, plan.chunk, depth}, rows, w, KeepSum{start, to}, fetch);
+        project_product(left, rows, v, w, KeepSum{start, to}, fetch);
       }
     }
     if (!kDirect && write) write_rows(begin, end, sums, 1, 0);
@@ -390,12 +406,12 @@ struct Item {
 
   // Finished sums -> y. 16-bit storage comes here from project too: a product of its own for each storage type would
   // triple the code for the sake of one pass over the small tensor.
-  void write_rows(int64_t begin, int64_t end, const float* sums, int64_t splits, int64_t stride) {
+  void write_rows(int64_t begin, int64_t end, const Real* sums, int64_t splits, int64_t stride) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t v = 0; v < l.out_padded / V::width; ++v) {
         const Output<Storage> output = output_rows(row, v);
         for (int64_t c = 0; c < a.out_width; ++c) {
-          const float* p = sums + ((row - begin) * a.out_width + c) * l.out_padded + v * V::width;
+          const Real* p = sums + ((row - begin) * a.out_width + c) * l.out_padded + v * V::width;
           V::T sum = V::load(p);
           for (int64_t s = 1; s < splits; ++s) sum = V::add(sum, V::load(p + s * stride));
           output.write(c, 0, sum);
@@ -426,7 +442,7 @@ struct Item {
     // A ring's padding columns are zero and nothing ever writes to them.
     if (a.dims.expand) {
       for (int64_t row = 0; row < b.rings * b.ring_rows; ++row) {
-        float* start = ring + row * ring_columns * b.ring_pitch;
+        Real* start = ring + row * ring_columns * b.ring_pitch;
         const int64_t right = (a.pad_left + a.width) * b.ring_pitch, all = ring_columns * b.ring_pitch;
         for (int64_t i = 0; i < a.pad_left * b.ring_pitch; ++i) start[i] = 0;
         for (int64_t i = right; i < all; ++i) start[i] = 0;
@@ -441,7 +457,7 @@ struct Item {
       for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk) {
         const int64_t chunk = min64(plan.chunk, item.hidden_end - hidden);
         const int64_t vectors = ceil_div(chunk, V::width);
-        float* chunk_ring = ring + (b.rings > 1 ? hidden / plan.chunk : 0) * b.ring_size;
+        Real* chunk_ring = ring + (b.rings > 1 ? hidden / plan.chunk : 0) * b.ring_size;
         int64_t expanded = max64(first_input_row(band), held);
         for (int64_t row = band; row < band_end; row += plan.group_rows) {
           const int64_t row_end = min64(row + plan.group_rows, band_end);
@@ -458,17 +474,17 @@ struct Item {
           }
           depthwise(row, row_end, hidden, vectors, chunk_ring);
           const bool last = hidden + chunk >= item.hidden_end;
-          float* sums = (item.partial ? item.partial + (band - item.row_begin) * a.out_width * l.out_padded : acc) +
-                        (row - band) * a.out_width * l.out_padded;
+          Real* sums = (partial ? partial + (band - item.row_begin) * a.out_width * l.out_padded : acc) +
+                       (row - band) * a.out_width * l.out_padded;
           // Without expand the depthwise pass is the first to read x: what the next group will read besides.
           Fetch input = {};
           if (!a.dims.expand && !b.widen && hidden == item.hidden_begin) {
             const int64_t from = end_input_row(row_end);
             const int64_t rows_ahead = min64((row_end - row) * a.stride, a.height - from);
-            input = {input_row(from), rows_ahead * a.x_stride_row * static_cast<int64_t>(sizeof(float))};
+            input = {input_row(from), rows_ahead * a.x_stride_row * static_cast<int64_t>(sizeof(Real))};
           }
           project(row, row_end, hidden, min64(chunk, a.dims.hidden_channels - hidden), hidden == item.hidden_begin,
-                  last && !item.partial, sums, input, row == band);
+                  last && !partial, sums, input, row == band);
         }
       }
     }
@@ -476,25 +492,15 @@ struct Item {
 };
 
 static void work(const BlockArgs& a, const PackedLayout& l, const Plan& plan, const WorkItem& item, float* scratch) {
-  switch (a.dtype) {
-    case DType::f32:
-      return Item<F32>(a, l, plan, item, scratch).run();
-    case DType::bf16:
-      return Item<BF16>(a, l, plan, item, scratch).run();
-    case DType::f16:
-      return Item<F16>(a, l, plan, item, scratch).run();
-  }
+  with_storage(a.dtype, [&](auto storage) { Item<decltype(storage)>(a, l, plan, item, scratch).run(); });
 }
 
 static void finish(const BlockArgs& a, const PackedLayout& l, const WorkItem& item, const float* partial,
                    int64_t splits, int64_t stride) {
   const Plan plan = {V::width, 1, 1, 1, 1};  // only the item's own fields matter here
-  switch (a.dtype) {
-    case DType::f32:
-      return Item<F32>(a, l, plan, item, nullptr).write_rows(item.row_begin, item.row_end, partial, splits, stride);
-    case DType::bf16:
-      return Item<BF16>(a, l, plan, item, nullptr).write_rows(item.row_begin, item.row_end, partial, splits, stride);
-    case DType::f16:
-      return Item<F16>(a, l, plan, item, nullptr).write_rows(item.row_begin, item.row_end, partial, splits, stride);
-  }
+  const Real* sums = reinterpret_cast<const Real*>(partial);
+  stride *= sizeof(float) / sizeof(Real);
+  with_storage(a.dtype, [&](auto storage) {
+    Item<decltype(storage)>(a, l, plan, item, nullptr).write_rows(item.row_begin, item.row_end, sums, splits, stride);
+  });
 }

@@ -1,24 +1,24 @@
 // The dense convolution over the register tiles of tile_generic.h, which says what may not be done here.
 //
 // No im2col: a window is read where it lies, as the segments of a left row. Of a channels_last image it is `kernel`
-// runs of kernel * Cin neighbouring floats, of an NCHW image kernel * Cin runs of `kernel`. The image's rows are copied
-// once, to fp32 with zeros around them, in whichever of the two orders they come: reordering a picture's pixels one by
-// one costs as much as a quarter of the stem's arithmetic. The weights are few, so it is they that are brought into
-// order.
+// runs of kernel * Cin neighbouring numbers, of an NCHW image kernel * Cin runs of `kernel`. The image's rows are
+// copied once, as Real with zeros around them, in whichever of the two orders they come: reordering a picture's pixels
+// one by one costs as much as a quarter of the stem's arithmetic. The weights are few, so it is they that are brought
+// into order.
 //
 // No #pragma once: included once a tier.
 
-// Floats of a padded input row, a channel.
+// Numbers of a padded input row, a channel.
 static int64_t window_columns(const ConvArgs& a) {
   return max64(a.pad_left + a.width, (a.out_width - 1) * a.stride + a.dims.kernel);
 }
 
-// A line of output pixels whose windows are `segments` runs of Depth floats in `left`, Step floats from one pixel to
+// A line of output pixels whose windows are `segments` runs of Depth numbers in `left`, Step numbers from one pixel to
 // the next. With both known to the compiler a tile needs one pointer for all its rows, and its loads step by constants:
 // a depth of 27 is too short to pay for less. Tiles of one height only, the last one over its neighbour's pixels.
 template <int Panel, int Depth, int Step>
-NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weights, const float* bias,
-                           const Output<F32>& out) {
+NOINLINE void window_tiles(const Rows& left, int64_t pixels, const Real* weights, const Real* bias,
+                           const Output<Own>& out) {
   constexpr int kHeight = V::kMaxRows[Panel], kWidth = Panel * V::width;
   for (int64_t pixel = 0; pixel < pixels; pixel += kHeight) {
     const int64_t first = min64(pixel, pixels - kHeight);
@@ -26,7 +26,7 @@ NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weight
     UNROLL for (int i = 0; i < kHeight; ++i) UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::set(0);
     // The lines that the tile after next writes, ahead: stores that miss wait for each other.
     UNROLL for (int i = 0; i < kHeight; ++i) __builtin_prefetch(out.y + (pixel + 2 * kHeight + i) * out.y_stride, 1, 3);
-    const float *a = left.first + first * Step, *b = weights;
+    const Real *a = left.first + first * Step, *b = weights;
     for (int64_t segment = left.segments; segment > 0; segment -= 3) {
       UNROLL for (int k = 0; k < Depth * 3; ++k) {
         if (k && k % Depth == 0) a += left.step - Depth;
@@ -47,7 +47,7 @@ NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weight
       const V::T b_j = V::load(bias + j * V::width);
       UNROLL for (int i = 0; i < kHeight; ++i) acc[i][j] = V::add(acc[i][j], b_j);
     }
-    float* y = out.y + first * out.y_stride;
+    Real* y = out.y + first * out.y_stride;
     if (out.channels >= kWidth) {
       UNROLL for (int i = 0; i < kHeight; ++i) UNROLL for (int j = 0; j < Panel; ++j) {
         V::store(y + i * out.y_stride + j * V::width, V::clamp(acc[i][j], out.lo, out.hi));
@@ -60,8 +60,8 @@ NOINLINE void window_tiles(const Rows& left, int64_t pixels, const float* weight
 }
 
 template <int Panel, int Depth, int Step>
-ALWAYS_INLINE bool window_tiles_of_width(int64_t width, const Rows& left, int64_t pixels, const float* weights,
-                                         const float* bias, const Output<F32>& out) {
+ALWAYS_INLINE bool window_tiles_of_width(int64_t width, const Rows& left, int64_t pixels, const Real* weights,
+                                         const Real* bias, const Output<Own>& out) {
   if constexpr (Panel >= 1) {
     if (width != Panel) return window_tiles_of_width<Panel - 1, Depth, Step>(width, left, pixels, weights, bias, out);
     if (pixels < V::kMaxRows[Panel]) return false;
@@ -73,8 +73,8 @@ ALWAYS_INLINE bool window_tiles_of_width(int64_t width, const Rows& left, int64_
 
 // The windows that stems have: 3 x 3, stride 2, of planes or of pixels with 3 channels. False for others: each kind
 // here is compiled for every panel, and is long code.
-static bool stem_tiles(int64_t width, const Rows& left, int64_t pixels, const float* weights, const float* bias,
-                       const Output<F32>& out) {
+static bool stem_tiles(int64_t width, const Rows& left, int64_t pixels, const Real* weights, const Real* bias,
+                       const Output<Own>& out) {
   constexpr int P = V::kMaxPanel;
   if (left.segments == 1) return false;
   if (left.depth == 3 && left.stride == 2)
@@ -90,19 +90,26 @@ struct ConvWork {
   const ConvArgs& a;
   const ConvLayout& l;
   const ConvItem& item;
-  float* scratch;
+  Real* scratch;
+  const Real* packed;
   V::T lo, hi;
 
   ConvWork(const ConvArgs& a_, const ConvLayout& l_, const ConvItem& item_, float* scratch_)
-      : a(a_), l(l_), item(item_), scratch(scratch_), lo(V::set(a_.activation.lo)), hi(V::set(a_.activation.hi)) {}
+      : a(a_),
+        l(l_),
+        item(item_),
+        scratch(reinterpret_cast<Real*>(scratch_)),
+        packed(reinterpret_cast<const Real*>(a_.packed)),
+        lo(V::set(a_.activation.lo)),
+        hi(V::set(a_.activation.hi)) {}
 
   // `rows` output pixels from the `pixel`-th on; their windows are `left`'s rows. weights: all panels, in `left`'s
   // order.
-  void products(const Rows& left, const float* weights, int64_t pixel, int64_t rows, float* sums) const {
+  void products(const Rows& left, const Real* weights, int64_t pixel, int64_t rows, Real* sums) const {
     const int64_t vectors = l.out_padded / V::width, depth = left.segments * left.depth;
     for (int64_t panel = item.panel_begin; panel < item.panel_end; ++panel) {
       const int64_t v = panel * l.panel, width = min64(l.panel, vectors - v);
-      const float* w = weights + v * V::width * depth;
+      const Real* w = weights + v * V::width * depth;
       Output<Storage> out;
       out.y = static_cast<Element*>(a.y) + pixel * a.dims.out_channels + v * V::width;
       out.y_stride = a.dims.out_channels;
@@ -112,12 +119,12 @@ struct ConvWork {
       out.bounded = bounds(a.activation);
       out.lo = lo;
       out.hi = hi;
-      const float* bias = a.packed + l.b + v * V::width;
-      if constexpr (sizeof(Element) == sizeof(float)) {
+      const Real* bias = packed + l.b + v * V::width;
+      if constexpr (Storage::kOwn) {
         if (!stem_tiles(width, left, rows, w, bias, out)) product_in_parts(width, left, rows, w, bias, sums, out);
       } else {
         const int channels = static_cast<int>(width * V::width);
-        const Output<F32> wide = {sums, channels, nullptr, 0, channels, out.bounded, lo, hi};
+        const Output<Own> wide = {sums, channels, nullptr, 0, channels, out.bounded, lo, hi};
         if (!stem_tiles(width, left, rows, w, bias, wide))
           product(width, left, rows, w, KeepSum{{bias, nullptr, channels}, sums});
         for (int64_t r = 0; r < rows; ++r)
@@ -129,19 +136,19 @@ struct ConvWork {
 
   // Parts of a long depth are added as wholes, as those of a block's hidden channels are: it keeps rounding errors
   // down.
-  static void product_in_parts(int64_t width, Rows left, int64_t rows, const float* w, const float* bias, float* sums,
-                               const Output<F32>& out) {
+  static void product_in_parts(int64_t width, Rows left, int64_t rows, const Real* w, const Real* bias, Real* sums,
+                               const Output<Own>& out) {
     constexpr int64_t kDepth = 128;
     const int64_t pitch = width * V::width, depth = left.depth;
     const int64_t parts = left.segments == 1 ? ceil_div(depth, kDepth) : 1;
     if (parts == 1) return product(width, left, rows, w, WriteOutput{{kZeros, bias, 0}, out});
-    const float* first = left.first;
+    const Real* first = left.first;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = depth * part / parts, end = depth * (part + 1) / parts;
       left.first = first + begin;
       left.depth = end - begin;
       const Sums start = part == 0 ? Sums{bias, nullptr, pitch} : Sums{kZeros, sums, pitch};
-      const Fetch behind = {w + end * pitch, (end - begin) * pitch * static_cast<int64_t>(sizeof(float))};
+      const Fetch behind = {w + end * pitch, (end - begin) * pitch * static_cast<int64_t>(sizeof(Real))};
       if (part + 1 < parts) {
         product(width, left, rows, w + begin * pitch, KeepSum{start, sums}, behind);
         continue;
@@ -152,8 +159,8 @@ struct ConvWork {
     }
   }
 
-  // Pixels [0, count) of a row of x, as fp32, channels next to each other.
-  void copy_pixels(const Element* x, int64_t pixel_stride, int64_t count, float* out) const {
+  // Pixels [0, count) of a row of x, as Real, channels next to each other.
+  void copy_pixels(const Element* x, int64_t pixel_stride, int64_t count, Real* out) const {
     const int64_t channels = a.dims.in_channels;
     if (a.x_stride_channel == 1 && (count == 1 || pixel_stride == channels))
       return widen_row<Storage>(x, 0, 1, count * channels, 0, out);
@@ -162,15 +169,15 @@ struct ConvWork {
   }
 
   // The packed weights [panel][k][k][Cin][vectors] as [panel][k][Cin][k][vectors].
-  void weights_for_planes(float* out) const {
+  void weights_for_planes(Real* out) const {
     const int64_t channels = a.dims.in_channels, kernel = a.dims.kernel, vectors = l.out_padded / V::width;
-    const float* w = a.packed + l.w;
+    const Real* w = packed + l.w;
     for (int64_t v = 0; v < vectors; v += l.panel) {
       const int64_t width = min64(l.panel, vectors - v) * V::width;
       for (int64_t dy = 0; dy < kernel; ++dy)
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t dx = 0; dx < kernel; ++dx, out += width) {
-            const float* from = w + ((dy * kernel + dx) * channels + c) * width;
+            const Real* from = w + ((dy * kernel + dx) * channels + c) * width;
             for (int64_t i = 0; i < width; i += V::width) V::store(out + i, V::load(from + i));
           }
       w += kernel * kernel * channels * width;
@@ -179,7 +186,7 @@ struct ConvWork {
 
   // One row of x between `pad_left` zeros and as many as `columns` leave: channels next to each other, or plane by
   // plane.
-  void copy_row(const Element* x, bool planes, int64_t columns, float* out) const {
+  void copy_row(const Element* x, bool planes, int64_t columns, Real* out) const {
     const int64_t channels = a.dims.in_channels, each = planes ? 1 : channels;
     for (int64_t plane = 0; plane < (planes ? channels : 1); ++plane, out += columns * each) {
       const int64_t begin = a.pad_left * each, end = (a.pad_left + a.width) * each;
@@ -196,10 +203,10 @@ struct ConvWork {
     const int64_t channels = a.dims.in_channels, kernel = a.dims.kernel;
     const int64_t columns = window_columns(a), pitch = columns * channels;
     const bool planes = a.x_stride_pixel == 1 && a.x_stride_channel != 1 && channels > 1;
-    float* sums = scratch + kernel * pitch;
-    const float* weights = a.packed + l.w;
+    Real* sums = scratch + kernel * pitch;
+    const Real* weights = packed + l.w;
     if (planes) {
-      float* reordered = sums + a.out_width * l.panel * V::width;
+      Real* reordered = sums + a.out_width * l.panel * V::width;
       weights_for_planes(reordered);
       weights = reordered;
     }
@@ -212,11 +219,11 @@ struct ConvWork {
       int64_t dy = 0;
       if (image == held_image && held_end > top) {
         dy = held_end - top;
-        const float* from = scratch + (kernel - dy) * pitch;
+        const Real* from = scratch + (kernel - dy) * pitch;
         for (int64_t i = 0; i < dy * pitch; ++i) scratch[i] = from[i];
       }
       for (; dy < kernel; ++dy) {
-        float* to = scratch + dy * pitch;
+        Real* to = scratch + dy * pitch;
         const int64_t row = top + dy;
         if (row < 0 || row >= a.height) {
           for (int64_t i = 0; i < pitch; ++i) to[i] = 0;
@@ -234,15 +241,15 @@ struct ConvWork {
   void pointwise() {
     const int64_t pixels = a.batch * a.height * a.width, image_pixels = a.height * a.width;
     const int64_t channels = a.dims.in_channels;
-    const bool direct = sizeof(Element) == sizeof(float) && a.x_stride_channel == 1 &&
-                        a.x_stride_row == a.width * a.x_stride_pixel && a.x_stride_image == a.height * a.x_stride_row;
-    float* sums = scratch + kPointwiseLine * channels;
+    const bool direct = Storage::kOwn && a.x_stride_channel == 1 && a.x_stride_row == a.width * a.x_stride_pixel &&
+                        a.x_stride_image == a.height * a.x_stride_row;
+    Real* sums = scratch + kPointwiseLine * channels;
     const int64_t end = min64(item.line_end * kPointwiseLine, pixels);
     for (int64_t pixel = item.line_begin * kPointwiseLine; pixel < end; pixel += kPointwiseLine) {
       const int64_t rows = min64(kPointwiseLine, end - pixel);
       if (direct) {
-        products({reinterpret_cast<const float*>(a.x) + pixel * a.x_stride_pixel, a.x_stride_pixel, channels},
-                 a.packed + l.w, pixel, rows, sums);
+        products({reinterpret_cast<const Real*>(a.x) + pixel * a.x_stride_pixel, a.x_stride_pixel, channels},
+                 packed + l.w, pixel, rows, sums);
         continue;
       }
       for (int64_t r = 0; r < rows; ++r) {
@@ -251,7 +258,7 @@ struct ConvWork {
                         at % a.width * a.x_stride_pixel,
                     0, 1, scratch + r * channels);
       }
-      products({scratch, channels, channels}, a.packed + l.w, pixel, rows, sums);
+      products({scratch, channels, channels}, packed + l.w, pixel, rows, sums);
     }
   }
 
@@ -260,18 +267,11 @@ struct ConvWork {
 
 static size_t conv_scratch_floats(const ConvArgs& a, const ConvLayout& l) {
   const int64_t panel = l.panel * V::width;
-  if (is_pointwise(a)) return static_cast<size_t>(kPointwiseLine * (a.dims.in_channels + panel));
+  if (is_pointwise(a)) return floats_for(kPointwiseLine * (a.dims.in_channels + panel));
   const int64_t weights = a.dims.kernel * a.dims.kernel * a.dims.in_channels * l.out_padded;
-  return static_cast<size_t>(a.dims.kernel * window_columns(a) * a.dims.in_channels + a.out_width * panel + weights);
+  return floats_for(a.dims.kernel * window_columns(a) * a.dims.in_channels + a.out_width * panel + weights);
 }
 
 static void conv_work(const ConvArgs& a, const ConvLayout& l, const ConvItem& item, float* scratch) {
-  switch (a.dtype) {
-    case DType::f32:
-      return ConvWork<F32>(a, l, item, scratch).run();
-    case DType::bf16:
-      return ConvWork<BF16>(a, l, item, scratch).run();
-    case DType::f16:
-      return ConvWork<F16>(a, l, item, scratch).run();
-  }
+  with_storage(a.dtype, [&](auto storage) { ConvWork<decltype(storage)>(a, l, item, scratch).run(); });
 }

@@ -30,6 +30,21 @@ void pack_matrix(const float* src, int64_t channels, int64_t depth, int64_t padd
   pack_panels(matrix, 0, panel_count(matrix));
 }
 
+// [out][hidden] as Steps<true> in tile_generic.h takes it: lanes 2s and 2s + 1 of a vector are one channel's weights
+// for an even hidden channel and the next. Which channel: two vectors side by side hold 16 of 16 lanes each, in each
+// 128 bits of the first channels 4i and 4i + 1, of the second 4i + 2 and 4i + 3 (their sums come in order out of one
+// shuffle); a last vector alone holds 8 in order.
+void pack_pairs(const float* src, int64_t out, int64_t hidden, int vectors, int lanes, float* dst) {
+  for (int64_t h = 0; h < hidden; h += 2)
+    for (int v = 0; v < vectors; ++v)
+      for (int lane = 0; lane < lanes; ++lane) {
+        const bool alone = v % 2 == 0 && v + 1 == vectors;
+        const int slot = lane / 2, of_two = v / 2 * lanes + slot / 2 * 4 + v % 2 * 2 + slot % 2;
+        const int64_t channel = alone ? v * lanes / 2 + slot : of_two;
+        *dst++ = channel < out ? src[channel * hidden + h + lane % 2] : 0.0f;
+      }
+}
+
 }  // namespace
 
 void pack_panels(const PanelMatrix& m, int64_t panel_begin, int64_t panel_end) {
@@ -85,6 +100,8 @@ PackedLayout packed_layout(const BlockDims& d, Tier tier) {
   l.out_padded = round_up(d.out_channels, l.vector);
   l.hidden_panel = panel_width(l.hidden_padded / l.vector, kernels->max_panel);
   l.out_panel = panel_width(l.out_padded / l.vector, kernels->max_panel);
+  const int64_t pairs = ceil_divide(d.out_channels, l.vector / 2);
+  l.out_pairs = pairs <= kernels->paired_panel && d.hidden_channels % 2 == 0 ? static_cast<int>(pairs) : 0;
   int64_t at = kPackedHeader;
   const auto section = [&at](int64_t floats) {
     const int64_t begin = at;
@@ -113,7 +130,10 @@ void pack(const BlockDims& d, const RawWeights& raw, Tier tier, float* packed) {
   }
   pack_matrix(raw.w_depthwise, d.hidden_channels, d.kernel * d.kernel, l.hidden_padded, l.vector, packed + l.wd);
   pack_bias(raw.b_depthwise, d.hidden_channels, l.hidden_padded, packed + l.b2);
-  pack_matrix(raw.w_project, d.out_channels, d.hidden_channels, l.out_padded, l.out_panel * l.vector, packed + l.w2);
+  if (l.out_pairs)
+    pack_pairs(raw.w_project, d.out_channels, d.hidden_channels, l.out_pairs, l.vector, packed + l.w2);
+  else
+    pack_matrix(raw.w_project, d.out_channels, d.hidden_channels, l.out_padded, l.out_panel * l.vector, packed + l.w2);
   pack_bias(raw.b_project, d.out_channels, l.out_padded, packed + l.b3);
 }
 

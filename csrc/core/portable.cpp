@@ -13,11 +13,14 @@ namespace mbv2 {
 namespace {
 
 struct V {
+  using Real = float;
+  static constexpr DType dtype = DType::f32;
   typedef float T __attribute__((vector_size(16)));  // GCC's and Clang's: any target, in what registers it has
   static constexpr int width = 4;
   static constexpr bool kStreams = false;  // a register is part of a cache line
   static constexpr int kMaxPanel = 2;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 4, 4};
+  static constexpr int kPairedPanel = 0;
   static constexpr int kMaxRun = 4;
   static constexpr int kMaxBackwardRun = 4;
 
@@ -110,6 +113,8 @@ struct V {
 
 #include "tile_generic.h"
 
+#include "storage_generic.h"
+
 #include "block_generic.h"
 #include "conv_generic.h"
 #include "linear_generic.h"
@@ -119,9 +124,22 @@ struct V {
 }  // namespace
 
 extern const TierKernels kernels_portable;
-const TierKernels kernels_portable = {V::width,    V::kMaxPanel,         scratch_floats,  work,
-                                      finish,      conv_scratch_floats,  conv_work,       linear_work,
-                                      pool_work,   train_scratch_floats, train_work,      window_scratch_floats,
-                                      window_work, multiply<double>,     multiply<float>, fma_chains};
+const TierKernels kernels_portable = {V::width,
+                                      V::kMaxPanel,
+                                      V::kPairedPanel,
+                                      scratch_floats,
+                                      work,
+                                      finish,
+                                      conv_scratch_floats,
+                                      conv_work,
+                                      linear_work,
+                                      pool_work,
+                                      train_scratch_floats,
+                                      train_work,
+                                      window_scratch_floats,
+                                      window_work,
+                                      multiply<double>,
+                                      multiply<float>,
+                                      fma_chains};
 
 }  // namespace mbv2

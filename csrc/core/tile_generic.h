@@ -4,9 +4,9 @@
 // may have external linkage and nothing here may call an inline function of the standard library: such a function would
 // be one weak symbol shared with files compiled for lesser CPUs, and the linker may keep our copy.
 //
-// V offers: T (a register), width, the height limits of its register tiles (kMaxRows[panel]), load/store, broadcast,
-// fma, clamp, and loads and stores of bf16 and fp16. The order of operands in V::clamp decides whether NaN survives: it
-// must.
+// V offers: Real (what is computed in), dtype (Real's name as storage), T (a register of them), width, the height
+// limits of its register tiles (kMaxRows[panel]), load/store, broadcast, fma, clamp. The order of operands in V::clamp
+// decides whether NaN survives: it must. Where V::kPairedPanel is not 0, also what Steps below takes for pairs.
 //
 // No #pragma once: included once a tier.
 
@@ -15,16 +15,19 @@
 #define UNROLL _Pragma("GCC unroll 64")        // accumulators stay in registers only if every index is a constant
 #define KEEP(pointer) asm("" : "+r"(pointer))  // where it is computed: the compiler sees no more how
 
+using Real = V::Real;
+constexpr int64_t kLine = 64 / sizeof(Real);  // numbers a cache line
+
 static const float kInfinity = __builtin_inff();
 static ALWAYS_INLINE bool bounds(Clamp c) { return c.lo > -kInfinity || c.hi < kInfinity; }
-alignas(64) static const float kZeros[V::kMaxPanel * V::width] = {};
+alignas(64) static const Real kZeros[V::kMaxPanel * V::width] = {};
 
 // ---- Register tiles: rows x panel of accumulators -------------------------------------------------------------------
 
-// The left matrix: rows `stride` floats apart; a row is `segments` runs of `depth` floats, `step` floats apart (the
+// The left matrix: rows `stride` numbers apart; a row is `segments` runs of `depth` numbers, `step` numbers apart (the
 // rows of a k x k window; a plain matrix has one segment).
 struct Rows {
-  const float* first;
+  const Real* first;
   int64_t stride, depth;
   int64_t segments = 1, step = 0;
 };
@@ -40,19 +43,60 @@ ALWAYS_INLINE const Epilogue& when_done(const Epilogue& epilogue, long) {
   return epilogue;
 }
 
-// b: [segments * depth][ldb]. epilogue: start(j), store(row, j, value), and skip(rows) to go on to the next tile.
-template <int Height, int Panel, class Epilogue>
-ALWAYS_INLINE void tile(const Rows& a, const float* b, int64_t ldb, const Epilogue& epilogue) {
-  V::T acc[Height][Panel];
-  UNROLL for (int j = 0; j < Panel; ++j) {
-    const V::T start = epilogue.start(j);
-    UNROLL for (int i = 0; i < Height; ++i) acc[i][j] = start;
+// A vector of weights: as many output channels as it has lanes, for one step of the depth; or, paired, half as many for
+// two steps, so that 24 channels are three whole vectors. Pixels are broadcast in twos then, lanes 2s and 2s + 1 sum up
+// one channel's even and odd steps, and the two come together when the tile is done. Which lanes a channel has is
+// pack's and V's affair (`pack_pairs`): the results come in order.
+template <bool Paired, class W = V>
+struct Steps {
+  static constexpr int kDepth = 1;
+  static constexpr int results(int panel) { return panel; }  // vectors of results
+  static ALWAYS_INLINE V::T broadcast(const Real* p) { return V::broadcast(p); }
+  template <int Panel, class Epilogue>
+  static ALWAYS_INLINE void start(const Epilogue& epilogue, V::T* acc) {
+    UNROLL for (int j = 0; j < Panel; ++j) acc[j] = epilogue.start(j);
   }
-  const int64_t lda = a.stride, depth = a.depth, to_next = a.step - depth;
+  template <int Panel>
+  static ALWAYS_INLINE V::T result(const V::T* acc, int j) {
+    return acc[j];
+  }
+};
+template <class W>
+struct Steps<true, W> {
+  static constexpr int kDepth = 2;
+  static constexpr int results(int panel) { return (panel + 1) / 2; }
+  static ALWAYS_INLINE V::T broadcast(const Real* p) { return W::broadcast_pair(p); }
+  template <int Panel, class Epilogue>
+  static ALWAYS_INLINE void start(const Epilogue& epilogue, V::T* acc) {
+    UNROLL for (int j = 0; j < Panel; j += 2) {
+      const V::T sums = epilogue.start(j / 2);
+      if (j + 1 == Panel) {
+        acc[j] = W::pairs(sums);
+      } else {
+        acc[j] = W::first_pairs(sums);
+        acc[j + 1] = W::second_pairs(sums);
+      }
+    }
+  }
+  template <int Panel>
+  static ALWAYS_INLINE V::T result(const V::T* acc, int j) {
+    return 2 * j + 1 == Panel ? W::pair_sums(acc[2 * j]) : W::pair_sums(acc[2 * j], acc[2 * j + 1]);
+  }
+};
+
+// b: [segments * depth][ldb], or paired [depth / 2][ldb] in one segment. epilogue: start(j), store(row, j, value), and
+// skip(rows) to go on to the next tile.
+template <bool Paired, int Height, int Panel, class Epilogue>
+ALWAYS_INLINE void tile(const Rows& a, const Real* b, int64_t ldb, const Epilogue& epilogue) {
+  using Step = Steps<Paired>;
+  V::T acc[Height][Panel];
+  Step::template start<Panel>(epilogue, acc[0]);
+  UNROLL for (int i = 1; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = acc[0][j];
+  const int64_t lda = a.stride, depth = a.depth / Step::kDepth, to_next = a.step - a.depth;
   // One pointer for every three rows: x86 addresses the other two as base + lda and base + 2 * lda, which keeps a tall
   // tile's row addresses within the general registers.
   constexpr int kBases = (Height + 2) / 3;
-  const float* base[kBases];
+  const Real* base[kBases];
   UNROLL for (int i = 0; i < kBases; ++i) base[i] = a.first + 3 * i * lda;
   for (int64_t segment = a.segments; segment > 0; --segment) {
     int64_t k = depth;
@@ -61,27 +105,29 @@ ALWAYS_INLINE void tile(const Rows& a, const float* b, int64_t ldb, const Epilog
         V::T w[Panel];
         UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + u * ldb + j * V::width);
         UNROLL for (int i = 0; i < Height; ++i) {
-          const V::T p = V::broadcast(base[i / 3] + (i % 3) * lda + u);
+          const V::T p = Step::broadcast(base[i / 3] + (i % 3) * lda + u * Step::kDepth);
           UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::fma(p, w[j], acc[i][j]);
         }
       }
       b += 4 * ldb;
-      UNROLL for (int i = 0; i < kBases; ++i) base[i] += 4;
+      UNROLL for (int i = 0; i < kBases; ++i) base[i] += 4 * Step::kDepth;
     }
     for (; k > 0; --k) {
       V::T w[Panel];
       UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + j * V::width);
       UNROLL for (int i = 0; i < Height; ++i) {
-        const V::T p = V::broadcast(base[i / 3] + (i % 3) * lda);
+        const V::T p = Step::broadcast(base[i / 3] + (i % 3) * lda);
         UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::fma(p, w[j], acc[i][j]);
       }
       b += ldb;
-      UNROLL for (int i = 0; i < kBases; ++i) base[i] += 1;
+      UNROLL for (int i = 0; i < kBases; ++i) base[i] += Step::kDepth;
     }
     UNROLL for (int i = 0; i < kBases; ++i) base[i] += to_next;
   }
   const auto& done = when_done(epilogue, 0);
-  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) done.store(i, j, acc[i][j]);
+  UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Step::results(Panel); ++j) {
+    done.store(i, j, Step::template result<Panel>(acc[i], j));
+  }
 }
 
 // Memory that will be wanted after this product, brought into L2 meanwhile, a few cache lines a tile. At batch 1 every
@@ -101,108 +147,95 @@ struct FetchTile {
 // `count` tiles of the same height below each other, from row `row` on. Where the depth is short (16 in MobileNetV2's
 // second block) what a tile does besides multiplying counts: few calls, and pointers that step instead of being
 // computed anew.
-template <int Height, int Panel, class Epilogue>
-NOINLINE void tiles(Rows a, int64_t row, int64_t count, const float* b, int64_t ldb, FetchTile fetch,
+template <bool Paired, int Height, int Panel, class Epilogue>
+NOINLINE void tiles(Rows a, int64_t row, int64_t count, const Real* b, int64_t ldb, FetchTile fetch,
                     Epilogue epilogue) {
   a.first += row * a.stride;
   epilogue.skip(row);
   for (; count > 0; --count) {
     fetch();
-    tile<Height, Panel, Epilogue>(a, b, ldb, epilogue);
+    tile<Paired, Height, Panel, Epilogue>(a, b, ldb, epilogue);
     a.first += Height * a.stride;
     epilogue.skip(Height);
   }
 }
 
-template <int Panel, int Height, class Epilogue>
-ALWAYS_INLINE void tiles_of_height(int64_t height, const Rows& a, int64_t row, int64_t count, const float* b,
+template <bool Paired, int Panel, int Height, class Epilogue>
+ALWAYS_INLINE void tiles_of_height(int64_t height, const Rows& a, int64_t row, int64_t count, const Real* b,
                                    int64_t ldb, const FetchTile& fetch, const Epilogue& epilogue) {
   if constexpr (Height >= 1) {
     if (height == Height)
-      tiles<Height, Panel, Epilogue>(a, row, count, b, ldb, fetch, epilogue);
+      tiles<Paired, Height, Panel, Epilogue>(a, row, count, b, ldb, fetch, epilogue);
     else
-      tiles_of_height<Panel, Height - 1, Epilogue>(height, a, row, count, b, ldb, fetch, epilogue);
+      tiles_of_height<Paired, Panel, Height - 1, Epilogue>(height, a, row, count, b, ldb, fetch, epilogue);
   }
 }
 
 // All `rows` rows against one panel, in tiles as equal as can be: 14 rows are 5 + 5 + 4, not 6 + 6 + 2.
-template <int Panel, class Epilogue>
-ALWAYS_INLINE void panel_product(const Rows& a, int64_t rows, const float* b, int64_t ldb, const Fetch& fetch,
+template <bool Paired, int Panel, class Epilogue>
+ALWAYS_INLINE void panel_product(const Rows& a, int64_t rows, const Real* b, int64_t ldb, const Fetch& fetch,
                                  const Epilogue& epilogue) {
   const int64_t count = (rows + V::kMaxRows[Panel] - 1) / V::kMaxRows[Panel];
   if (count == 0) return;
   const int64_t low = rows / count, tall = rows % count;
   const int64_t lines = (fetch.bytes / 64 + count - 1) / count;
   const char* next = static_cast<const char*>(fetch.next);
-  if (tall) tiles_of_height<Panel, V::kMaxRows[Panel]>(low + 1, a, 0, tall, b, ldb, {next, lines}, epilogue);
-  tiles_of_height<Panel, V::kMaxRows[Panel]>(low, a, tall * (low + 1), count - tall, b, ldb,
-                                             {next + tall * lines * 64, lines}, epilogue);
+  if (tall) tiles_of_height<Paired, Panel, V::kMaxRows[Panel]>(low + 1, a, 0, tall, b, ldb, {next, lines}, epilogue);
+  tiles_of_height<Paired, Panel, V::kMaxRows[Panel]>(low, a, tall * (low + 1), count - tall, b, ldb,
+                                                     {next + tall * lines * 64, lines}, epilogue);
 }
 
-// The product with a panel of `width` vectors: b is [segments * depth][width][V::width].
-template <int Panel, class Epilogue>
-ALWAYS_INLINE void product_of_width(int64_t width, const Rows& a, int64_t rows, const float* b, const Fetch& fetch,
+// The product with a panel of `width` vectors: b is [segments * depth][width][V::width], or paired [depth / 2].
+template <bool Paired, int Panel, class Epilogue>
+ALWAYS_INLINE void product_of_width(int64_t width, const Rows& a, int64_t rows, const Real* b, const Fetch& fetch,
                                     const Epilogue& epilogue) {
   if constexpr (Panel >= 1) {
     if (width == Panel)
-      panel_product<Panel, Epilogue>(a, rows, b, Panel * V::width, fetch, epilogue);
+      panel_product<Paired, Panel, Epilogue>(a, rows, b, Panel * V::width, fetch, epilogue);
     else
-      product_of_width<Panel - 1, Epilogue>(width, a, rows, b, fetch, epilogue);
+      product_of_width<Paired, Panel - 1, Epilogue>(width, a, rows, b, fetch, epilogue);
   }
 }
 template <class Epilogue>
-NOINLINE void product(int64_t width, const Rows& a, int64_t rows, const float* b, const Epilogue& epilogue,
+NOINLINE void product(int64_t width, const Rows& a, int64_t rows, const Real* b, const Epilogue& epilogue,
                       const Fetch& fetch = {}) {
-  product_of_width<V::kMaxPanel, Epilogue>(width, a, rows, b, fetch, epilogue);
+  product_of_width<false, V::kMaxPanel, Epilogue>(width, a, rows, b, fetch, epilogue);
+}
+template <class Epilogue>
+NOINLINE void paired_product(int64_t width, const Rows& a, int64_t rows, const Real* b, const Epilogue& epilogue,
+                             const Fetch& fetch = {}) {
+  product_of_width<true, V::kPairedPanel, Epilogue>(width, a, rows, b, fetch, epilogue);
 }
 
 static ALWAYS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static ALWAYS_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static ALWAYS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// As many floats as hold so many numbers.
+static ALWAYS_INLINE size_t floats_for(int64_t numbers) {
+  return static_cast<size_t>(ceil_div(numbers * static_cast<int64_t>(sizeof(Real)), sizeof(float)));
+}
+
 // ---- Storage types --------------------------------------------------------------------------------------------------
 
-struct F32 {
-  using Element = float;
-  static ALWAYS_INLINE V::T load(const float* p) { return V::load(p); }
-  static ALWAYS_INLINE float load_one(const float* p) { return *p; }
-  static ALWAYS_INLINE V::T load(const float* p, int n) { return V::load(p, n); }
-  static ALWAYS_INLINE void store(float* p, V::T v) { V::store(p, v); }
-  static ALWAYS_INLINE void store(float* p, V::T v, int n) { V::store(p, v, n); }
+// What is stored as it is computed with.
+struct Own {
+  static constexpr bool kOwn = true;
+  using Element = Real;
+  static ALWAYS_INLINE V::T load(const Real* p) { return V::load(p); }
+  static ALWAYS_INLINE Real load_one(const Real* p) { return *p; }
+  static ALWAYS_INLINE V::T load(const Real* p, int n) { return V::load(p, n); }
+  static ALWAYS_INLINE void store(Real* p, V::T v) { V::store(p, v); }
+  static ALWAYS_INLINE void store(Real* p, V::T v, int n) { V::store(p, v, n); }
 };
-
-// 16-bit storage. Part of a vector goes through a buffer: the masked forms of these loads are not worth their code.
-template <V::T (*Load)(const uint16_t*), void (*Store)(uint16_t*, V::T)>
-struct Half {
-  using Element = uint16_t;
-  static ALWAYS_INLINE V::T load(const uint16_t* p) { return Load(p); }
-  static ALWAYS_INLINE float load_one(const uint16_t* p) {
-    float lanes[V::width];
-    V::store(lanes, load(p, 1));
-    return lanes[0];
-  }
-  static ALWAYS_INLINE V::T load(const uint16_t* p, int n) {
-    uint16_t buffer[V::width] = {};
-    for (int i = 0; i < n; ++i) buffer[i] = p[i];
-    return Load(buffer);
-  }
-  static ALWAYS_INLINE void store(uint16_t* p, V::T v) { Store(p, v); }
-  static ALWAYS_INLINE void store(uint16_t* p, V::T v, int n) {
-    uint16_t buffer[V::width];
-    Store(buffer, v);
-    for (int i = 0; i < n; ++i) p[i] = buffer[i];
-  }
-};
-using BF16 = Half<V::load_bf16, V::store_bf16>;
-using F16 = Half<V::load_f16, V::store_f16>;
 
 // ---- Epilogues ----------------------------------------------------------------------------------
 
 // What a product's sums begin with (the bias, or zeros), and what is added to them in the end: the sums of the parts of
 // the depth that came before. Adding whole parts, not going on from them, keeps the rounding error of long sums down.
 struct Sums {
-  const float* start_;
-  const float* before;  // null: this is the first part
+  const Real* start_;
+  const Real* before;  // null: this is the first part
   int64_t stride;
   ALWAYS_INLINE V::T start(int j) const { return V::load(start_ + j * V::width); }
   ALWAYS_INLINE V::T total(int64_t row, int j, V::T v) const {
@@ -214,7 +247,7 @@ struct Sums {
 };
 
 struct KeepSum : Sums {
-  float* out;
+  Real* out;
   ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
     V::store(out + row * stride + j * V::width, total(row, j, v));
   }
@@ -249,7 +282,7 @@ struct Output {
 };
 
 struct WriteOutput : Sums {
-  Output<F32> output;
+  Output<Own> output;
   ALWAYS_INLINE void store(int64_t row, int j, V::T v) const { output.write(row, j, total(row, j, v)); }
   ALWAYS_INLINE void skip(int64_t rows) {
     Sums::skip(rows);
@@ -258,11 +291,11 @@ struct WriteOutput : Sums {
   }
 };
 
-// Pixels of x as fp32, each padded with zeros to `pitch` floats; pitch 0: not padded, nothing is written behind the
+// Pixels of x as Real, each padded with zeros to `pitch` numbers; pitch 0: not padded, nothing is written behind the
 // last.
 template <class Storage>
 static void widen_row(const typename Storage::Element* x, int64_t pixel_stride, int64_t pixels, int64_t channels,
-                      int64_t pitch, float* out) {
+                      int64_t pitch, Real* out) {
   for (int64_t p = 0; p < pixels; ++p, x += pixel_stride, out += pitch) {
     int64_t c = 0;
     for (; c + V::width <= channels; c += V::width) V::store(out + c, Storage::load(x + c));
@@ -286,7 +319,7 @@ static float fma_chains(int64_t iterations) {
   }
   V::T sum = acc[0];
   for (int i = 1; i < kFmaChains; ++i) sum = V::add(sum, acc[i]);
-  float lanes[V::width];
+  Real lanes[V::width];
   V::store(lanes, sum);
-  return lanes[0];
+  return static_cast<float>(lanes[0]);
 }

@@ -13,11 +13,14 @@ namespace mbv2 {
 namespace {
 
 struct V {
+  using Real = float;
+  static constexpr DType dtype = DType::f32;
   using T = __m256;
   static constexpr int width = 8;
   static constexpr bool kStreams = false;  // a register is part of a cache line
   static constexpr int kMaxPanel = 3;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 6, 4};
+  static constexpr int kPairedPanel = 0;
   static constexpr int kMaxRun = 8;          // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
   static constexpr int kMaxBackwardRun = 6;  // 6 accumulators, 6 pixels of e, a weight and its sum, a pixel of gd
 
@@ -75,6 +78,8 @@ struct V {
 
 #include "tile_generic.h"
 
+#include "storage_generic.h"
+
 #include "block_generic.h"
 #include "conv_generic.h"
 #include "linear_generic.h"
@@ -84,9 +89,22 @@ struct V {
 }  // namespace
 
 extern const TierKernels kernels_avx2;
-const TierKernels kernels_avx2 = {V::width,    V::kMaxPanel,         scratch_floats,  work,
-                                  finish,      conv_scratch_floats,  conv_work,       linear_work,
-                                  pool_work,   train_scratch_floats, train_work,      window_scratch_floats,
-                                  window_work, multiply<double>,     multiply<float>, fma_chains};
+const TierKernels kernels_avx2 = {V::width,
+                                  V::kMaxPanel,
+                                  V::kPairedPanel,
+                                  scratch_floats,
+                                  work,
+                                  finish,
+                                  conv_scratch_floats,
+                                  conv_work,
+                                  linear_work,
+                                  pool_work,
+                                  train_scratch_floats,
+                                  train_work,
+                                  window_scratch_floats,
+                                  window_work,
+                                  multiply<double>,
+                                  multiply<float>,
+                                  fma_chains};
 
 }  // namespace mbv2

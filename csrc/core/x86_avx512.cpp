@@ -13,11 +13,14 @@ namespace mbv2 {
 namespace {
 
 struct V {
+  using Real = float;
+  static constexpr DType dtype = DType::f32;
   using T = __m512;
   static constexpr int width = 16;
   static constexpr bool kStreams = true;  // a register is a cache line: stream() writes whole ones
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
+  static constexpr int kPairedPanel = 3;
   static constexpr int kMaxRun = 8;          // depthwise: 8 accumulators, 3 or 5 weights, 1 pixel
   static constexpr int kMaxBackwardRun = 8;  // 8 accumulators, 8 pixels of e, a weight and its sum, a pixel of gd
 
@@ -37,6 +40,21 @@ struct V {
 #else  // emulated, by tests on lesser CPUs
   V_INLINE T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
 #endif
+  // Two neighbours, again and again.
+  V_INLINE T broadcast_pair(const float* p) {
+    double both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return _mm512_castpd_ps(_mm512_set1_pd(both));
+  }
+  // Paired sums (Steps in tile_generic.h) of 16 channels in two vectors: in each 128 bits of the first 2 channels'
+  // pairs, of the second the next 2's. One shuffle each takes the 4 channels' even and odd halves, in the channels'
+  // order.
+  V_INLINE T first_pairs(T v) { return _mm512_unpacklo_ps(v, _mm512_setzero_ps()); }
+  V_INLINE T second_pairs(T v) { return _mm512_unpackhi_ps(v, _mm512_setzero_ps()); }
+  V_INLINE T pair_sums(T a, T b) { return add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd)); }
+  // Of 8 channels in one vector, pairs in the channels' order.
+  V_INLINE T pairs(T v) { return _mm512_maskz_expand_ps(0x5555, v); }
+  V_INLINE T pair_sums(T v) { return _mm512_maskz_compress_ps(0x5555, add(v, _mm512_movehdup_ps(v))); }
   V_INLINE T add(T a, T b) { return _mm512_add_ps(a, b); }
   V_INLINE T sub(T a, T b) { return _mm512_sub_ps(a, b); }
   // maxps and minps return their second operand when one is NaN: v stands second so that its NaN survives.
@@ -75,6 +93,8 @@ struct V {
 
 #include "tile_generic.h"
 
+#include "storage_generic.h"
+
 #include "block_generic.h"
 #include "conv_generic.h"
 #include "linear_generic.h"
@@ -84,9 +104,22 @@ struct V {
 }  // namespace
 
 extern const TierKernels kernels_avx512;
-const TierKernels kernels_avx512 = {V::width,    V::kMaxPanel,         scratch_floats,  work,
-                                    finish,      conv_scratch_floats,  conv_work,       linear_work,
-                                    pool_work,   train_scratch_floats, train_work,      window_scratch_floats,
-                                    window_work, multiply<double>,     multiply<float>, fma_chains};
+const TierKernels kernels_avx512 = {V::width,
+                                    V::kMaxPanel,
+                                    V::kPairedPanel,
+                                    scratch_floats,
+                                    work,
+                                    finish,
+                                    conv_scratch_floats,
+                                    conv_work,
+                                    linear_work,
+                                    pool_work,
+                                    train_scratch_floats,
+                                    train_work,
+                                    window_scratch_floats,
+                                    window_work,
+                                    multiply<double>,
+                                    multiply<float>,
+                                    fma_chains};
 
 }  // namespace mbv2
