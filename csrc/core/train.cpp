@@ -122,7 +122,7 @@ TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l) {
   const int64_t taps = a.dims.kernel * a.dims.kernel, pixels = pixels_of(a);
   TrainPlan p = {};
   p.chunk = p.group_rows = p.row_parts = p.splits = 1;
-  int64_t pixels_per_slot = a.phase == TrainPhase::gram ? 256 : 128;  // gram leaves a matrix in each
+  int64_t pixels_per_slot = a.phase == TrainPhase::gram ? 512 : 128;  // gram leaves a matrix in each
   switch (a.phase) {
     case TrainPhase::gram:
       p.sum_rows = 1 + a.dims.in_channels;
