@@ -18,6 +18,7 @@ struct V {
   typedef float T __attribute__((vector_size(16)));  // GCC's and Clang's: any target, in what registers it has
   static constexpr int width = 4;
   static constexpr int kPart = 0;
+  static constexpr bool kStreams = false;  // a register is part of a cache line
   static constexpr int kMaxPanel = 2;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 4, 4};
   static constexpr int kPairedPanel = 0;
@@ -29,6 +30,8 @@ struct V {
   V_INLINE T set(float v) { return T{v, v, v, v}; }
   V_INLINE T load(const float* p) { return T{p[0], p[1], p[2], p[3]}; }
   V_INLINE void store(float* p, T v) { LANES p[i] = v[i]; }
+  V_INLINE void stream(float* p, T v) { store(p, v); }
+  V_INLINE void fence() {}
   V_INLINE T broadcast(const float* p) { return set(*p); }
   V_INLINE T fma(T a, T b, T c) { return c + a * b; }
   V_INLINE T add(T a, T b) { return a + b; }

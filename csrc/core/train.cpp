@@ -122,7 +122,7 @@ TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l) {
   const int64_t taps = a.dims.kernel * a.dims.kernel, pixels = pixels_of(a);
   TrainPlan p = {};
   p.chunk = p.group_rows = p.row_parts = p.splits = 1;
-  int64_t pixels_per_slot = 512;
+  int64_t pixels_per_slot = a.phase == TrainPhase::gram ? 512 : 128;  // gram leaves a matrix in each
   switch (a.phase) {
     case TrainPhase::gram:
       p.sum_rows = 1 + a.dims.in_channels;
@@ -179,7 +179,8 @@ TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l) {
   }
 
   // As in make_plan(): full tiles, and rows of a chunk that stay close.
-  constexpr int64_t kPixels = 98, kChunk = 168, kRing = 128 * 1024;
+  constexpr int64_t kPixels = 98, kChunk = 168;
+  const int64_t ring = 16 * 1024 * l.vector;  // bytes: machines with wider registers have larger L2 caches
   const int64_t group = std::max(of_x ? a.stride : 1, std::min(kPixels / std::max<int64_t>(width, 1), rows));
   p.group_rows = ceil_divide(rows, ceil_divide(rows, group));
   const bool needs_e = (of_x || !a.d) && a.dims.expand;
@@ -187,7 +188,7 @@ TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l) {
   if (needs_e) pixels_held += std::min(of_x ? p.group_rows : (p.group_rows - 1) * a.stride + reach, a.height) * a.width;
   if (of_x) pixels_held += std::min((p.group_rows + reach - 2) / a.stride + 1, a.out_height) * a.out_width;
   const int64_t panels_each = ceil_divide(panels, p.splits);
-  const int64_t most = std::max<int64_t>(std::min(kChunk, kRing / (4 * pixels_held)) / panel, 1);
+  const int64_t most = std::max<int64_t>(std::min(kChunk, ring / (4 * pixels_held)) / panel, 1);
   p.chunk = ceil_divide(panels_each, ceil_divide(panels_each, most)) * panel;
   return p;
 }

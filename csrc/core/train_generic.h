@@ -330,23 +330,84 @@ struct Lanes {
   }
 };
 
-static ALWAYS_INLINE void add_to(double* sums, V::T v) {
+static ALWAYS_INLINE void add_lanes(double* sums, V::T v) {
   float lanes[V::width];
   V::store(lanes, v);
   for (int i = 0; i < V::width; ++i) sums[i] += static_cast<double>(lanes[i]);
 }
 
-// A sum over pixels in several parts: one alone would wait for its last addition at every pixel.
-constexpr int kParts = 4;
+// A pass takes a pixel's neighbouring vectors of channels together, up to a panel of them: memory is read and written
+// in runs of whole cache lines. Vector by vector it gave half the bandwidth where the lines come from memory.
+template <int Count>
+struct Vectors {
+  static constexpr int count = Count;
+};
+// Calls body(Vectors<vectors>()).
+template <int Most = V::kMaxPanel, class Body>
+ALWAYS_INLINE void with_vectors(int64_t vectors, const Body& body) {
+  if constexpr (Most >= 1) {
+    if (vectors == Most)
+      body(Vectors<Most>());
+    else
+      with_vectors<Most - 1>(vectors, body);
+  }
+}
+// Calls body(Vectors<n>(), the first channel) for all of a pixel's channels, panel by panel.
+template <class Body>
+ALWAYS_INLINE void for_panels(int64_t channels, const Body& body) {
+  constexpr int64_t kPanel = V::kMaxPanel * V::width;
+  for (int64_t c = 0; c < channels; c += kPanel)
+    with_vectors(ceil_div(min64(kPanel, channels - c), V::width),
+                 [&](auto vectors) __attribute__((always_inline)) { body(vectors, c); });
+}
+
+// The same for a panel's vectors: none but the last can be partly there.
+template <class Storage, int Count>
+struct PanelLanes {
+  using Element = typename Storage::Element;
+  const Lanes<Storage> last;
+  explicit PanelLanes(int64_t channels) : last(channels - (Count - 1) * V::width) {}
+  ALWAYS_INLINE V::T load(const Element* p, int v) const {
+    return v + 1 < Count ? Storage::load(p + v * V::width) : last.load(p + v * V::width);
+  }
+  ALWAYS_INLINE void store(Element* p, int v, V::T value) const {
+    v + 1 < Count ? Storage::store(p + v * V::width, value) : last.store(p + v * V::width, value);
+  }
+};
+
+// A panel's values from a section of vectors [channels padded].
+template <int Count>
+struct Values {
+  V::T of[Count];
+  explicit ALWAYS_INLINE Values(const float* from) {
+    UNROLL for (int v = 0; v < Count; ++v) of[v] = V::load(from + v * V::width);
+  }
+  ALWAYS_INLINE V::T operator[](int v) const { return of[v]; }
+};
+
+// Sums over pixels, of a panel's vectors, in several parts: one alone would wait for its last addition at every pixel.
+template <int Count>
 struct PixelSums {
-  V::T parts[kParts];
-  PixelSums() { UNROLL for (int i = 0; i < kParts; ++i) parts[i] = V::set(0); }
-  ALWAYS_INLINE V::T total() const { return V::add(V::add(parts[0], parts[1]), V::add(parts[2], parts[3])); }
+  static constexpr int kParts = Count == 1 ? 4 : 2;
+  V::T parts[kParts][Count];
+  ALWAYS_INLINE PixelSums() {
+    UNROLL for (int i = 0; i < kParts; ++i) UNROLL for (int v = 0; v < Count; ++v) parts[i][v] = V::set(0);
+  }
+  ALWAYS_INLINE void add(int part, int v, V::T value) { parts[part][v] = V::add(parts[part][v], value); }
+  ALWAYS_INLINE void add_product(int part, int v, V::T a, V::T b) { parts[part][v] = V::fma(a, b, parts[part][v]); }
+  ALWAYS_INLINE void add_to(double* sums) const {
+    UNROLL for (int v = 0; v < Count; ++v) {
+      V::T total = V::add(parts[0][v], parts[1][v]);
+      UNROLL for (int i = 2; i < kParts; i += 2) total = V::add(total, V::add(parts[i][v], parts[i + 1][v]));
+      add_lanes(sums + v * V::width, total);
+    }
+  }
 };
 
 // Calls body(pixel, part of its sums) for all pixels.
-template <class Body>
-ALWAYS_INLINE void for_pixels(int64_t pixels, const Body& body) {
+template <int Count, class Body>
+ALWAYS_INLINE void for_pixels(Vectors<Count>, int64_t pixels, const Body& body) {
+  constexpr int kParts = PixelSums<Count>::kParts;
   int64_t p = 0;
   for (; p + kParts <= pixels; p += kParts) UNROLL for (int i = 0; i < kParts; ++i) body(p + i, i);
   for (; p < pixels; ++p) body(p, 0);
@@ -361,14 +422,15 @@ NOINLINE V::T mean_of(const float* from, int64_t pitch, int64_t pixels) {
 
 // Sums of values and of their squares, counted from `shift`, near their mean: so the squares' sum, and the variance
 // that is computed from it, stay accurate where the mean is large against the deviation.
+template <int Count>
 struct Moments {
-  const V::T shift;
-  PixelSums sum, squares;
-  explicit Moments(const float* shift_) : shift(V::load(shift_)) {}
-  ALWAYS_INLINE void add(int lane, V::T v) {
-    const V::T shifted = V::sub(v, shift);
-    sum.parts[lane] = V::add(sum.parts[lane], shifted);
-    squares.parts[lane] = V::fma(shifted, shifted, squares.parts[lane]);
+  const Values<Count> shift;
+  PixelSums<Count> sum, squares;
+  explicit ALWAYS_INLINE Moments(const float* shift_) : shift(shift_) {}
+  ALWAYS_INLINE void add(int part, int v, V::T value) {
+    const V::T shifted = V::sub(value, shift[v]);
+    sum.add(part, v, shifted);
+    squares.add_product(part, v, shifted, shifted);
   }
 };
 
@@ -421,6 +483,7 @@ struct KeepSumAndFetch : KeepSum {
 // pixel, which no prefetcher foresees.
 static ALWAYS_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+constexpr int64_t kStreamBytes = 4 << 20;
 constexpr int64_t kPixelBlock = 128;  // pixels that one pass over the channels' vectors takes: they stay in L1
 
 // ---- How an item's buffers lie in its scratch -----------------------------------------------------------------------
@@ -552,6 +615,7 @@ struct TrainWork {
 
   // ---- Rows of x and e ----
 
+  ALWAYS_INLINE int64_t pixels_of_d() const { return a.batch * a.out_height * a.out_width; }
   ALWAYS_INLINE int64_t first_input_row(int64_t out_row) const { return max64(out_row * a.stride - a.pad_top, 0); }
   // one past the last input row that output rows below `out_end` need
   ALWAYS_INLINE int64_t end_input_row(int64_t out_end) const {
@@ -663,128 +727,155 @@ struct TrainWork {
                  plan.pitch);
   }
 
-  // ---- Passes over a group's pixels, a vector of channels at a time ----
+  // ---- Passes over a group's pixels, a panel of channels at a time ----
+
+  // Calls pass(store), where store(lanes, pixel's place, v, value, next) writes a vector of an image with `pixels`
+  // pixels of `channels` channels: past the caches if nothing of it will be there anyway when it is read, which saves
+  // reading each line before it is written; else `next` elements on a line is fetched that will be written.
+  template <class To, class Pass>
+  static ALWAYS_INLINE void write_pixels(To* out, int64_t channels, int64_t pixels, const Pass& pass) {
+    if constexpr (V::kStreams && sizeof(To) == sizeof(float)) {
+      if (channels % V::width == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0 &&
+          pixels * channels * 4 >= kStreamBytes) {
+        return pass([](const auto&, To* to, int v, V::T value, int64_t)
+                        __attribute__((always_inline)) { V::stream(to + v * V::width, value); });
+      }
+    }
+    pass([](const auto& lanes, To* to, int v, V::T value, int64_t next) __attribute__((always_inline)) {
+      if (next) fetch(to + v * V::width + next);
+      lanes.store(to, v, value);
+    });
+  }
 
   // d -> a.d_out, and its moments.
   void finish_depthwise(int64_t pixel, int64_t pixels, const Panel& panel, bool first) {
-    for (int64_t v = 0; v < panel.vectors; ++v) {
-      const int64_t channel = panel.hidden + v * V::width;
-      const float* d = scratch + b.d + v * V::width;
-      float* shift = scratch + b.shift + channel;
-      if (first) V::store(shift, mean_of(d, plan.pitch, pixels));
-      Moments moments(shift);
+    const float* d = scratch + b.d;
+    float* shift = scratch + b.shift + panel.hidden;
+    if (first)
+      for (int64_t c = 0; c < panel.vectors * V::width; c += V::width)
+        V::store(shift + c, mean_of(d + c, plan.pitch, pixels));
+    with_vectors(panel.vectors, [&](auto vectors) __attribute__((always_inline)) {
+      constexpr int kVectors = decltype(vectors)::count;
+      Moments<kVectors> moments(shift);
       if (a.d_out) {
-        const Lanes<Storage> lanes(hidden_channels - channel);
-        Element* out = static_cast<Element*>(a.d_out) + pixel * hidden_channels + channel;
-        for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
-          const V::T value = V::load(d + p * plan.pitch);
-          fetch(out + p * hidden_channels + panel.next);
-          moments.add(part, value);
-          lanes.store(out + p * hidden_channels, value);
+        const PanelLanes<Storage, kVectors> lanes(hidden_channels - panel.hidden);
+        Element* out = static_cast<Element*>(a.d_out) + pixel * hidden_channels + panel.hidden;
+        write_pixels(out, hidden_channels, pixels_of_d(), [&](auto store) __attribute__((always_inline)) {
+          for_pixels(vectors, pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
+            UNROLL for (int v = 0; v < kVectors; ++v) {
+              const V::T value = V::load(d + p * plan.pitch + v * V::width);
+              moments.add(part, v, value);
+              store(lanes, out + p * hidden_channels, v, value, panel.next);
+            }
+          });
         });
       } else {
-        for_pixels(pixels, [&](int64_t p, int part)
-                               __attribute__((always_inline)) { moments.add(part, V::load(d + p * plan.pitch)); });
+        for_pixels(vectors, pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
+          UNROLL for (int v = 0; v < kVectors; ++v) moments.add(part, v, V::load(d + p * plan.pitch + v * V::width));
+        });
       }
-      add_to(item.sums + channel, moments.sum.total());
-      add_to(item.sums + plan.sum_width + channel, moments.squares.total());
-    }
+      moments.sum.add_to(item.sums + panel.hidden);
+      moments.squares.add_to(item.sums + plan.sum_width + panel.hidden);
+    });
   }
 
-  // Calls pass(where the d of a group lies, its pitch, lanes of a vector, panel.next): `at` pixels into scratch, or in
-  // a.d.
+  // Calls pass(Vectors, where the d of a group lies, its pitch, lanes of the panel, panel.next): `at` pixels into
+  // scratch, or in a.d.
   template <class Pass>
-  ALWAYS_INLINE void with_d(int64_t pixel, int64_t at, const Panel& panel, int64_t v, const Pass& pass) {
-    const int64_t channel = panel.hidden + v * V::width;
-    if (b.keeps_d)
-      pass(static_cast<const Element*>(a.d) + pixel * hidden_channels + channel, hidden_channels,
-           Lanes<Storage>(hidden_channels - channel), panel.next);
-    else
-      pass(static_cast<const float*>(scratch + b.d + at * plan.pitch + v * V::width), plan.pitch, Lanes<F32>(V::width),
-           int64_t{0});
+  ALWAYS_INLINE void with_d(int64_t pixel, int64_t at, const Panel& panel, const Pass& pass) {
+    with_vectors(panel.vectors, [&](auto vectors) __attribute__((always_inline)) {
+      constexpr int kVectors = decltype(vectors)::count;
+      if (b.keeps_d)
+        pass(vectors, static_cast<const Element*>(a.d) + pixel * hidden_channels + panel.hidden, hidden_channels,
+             PanelLanes<Storage, kVectors>(hidden_channels - panel.hidden), panel.next);
+      else
+        pass(vectors, static_cast<const float*>(scratch + b.d + at * plan.pitch), plan.pitch,
+             PanelLanes<F32, kVectors>(kVectors * V::width), int64_t{0});
+    });
   }
 
   // d -> h
   void activate(int64_t pixel, int64_t pixels, const Panel& panel) {
+    float* h = scratch + b.h + panel.index * panel_size();
     const int64_t h_pitch = plan.pitch;
-    for (int64_t v = 0; v < panel.vectors; ++v) {
-      const int64_t channel = panel.hidden + v * V::width;
-      const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
-      float* h = scratch + b.h + panel.index * panel_size() + v * V::width;
-      with_d(pixel, 0, panel, v, [&](auto d, int64_t pitch, auto lanes, int64_t) __attribute__((always_inline)) {
-        for (int64_t p = 0; p < pixels; ++p)
-          V::store(h + p * h_pitch, V::clamp(V::fma(lanes.load(d + p * pitch), scale, shift), lo, hi));
-      });
-    }
+    const V::T lowest = lo, highest = hi;
+    with_d(pixel, 0, panel,
+           [&](auto vectors, auto d, int64_t pitch, auto lanes, int64_t) __attribute__((always_inline)) {
+             constexpr int kVectors = decltype(vectors)::count;
+             const Values<kVectors> scale(packed + l.scale2 + panel.hidden), shift(packed + l.shift2 + panel.hidden);
+             for (int64_t p = 0; p < pixels; ++p) UNROLL for (int v = 0; v < kVectors; ++v) {
+                 const V::T value = V::fma(lanes.load(d + p * pitch, v), scale[v], shift[v]);
+                 V::store(h + p * h_pitch + v * V::width, V::clamp(value, lowest, highest));
+               }
+           });
   }
 
   // d and gh -> h, and the sums of g2 and g2 d.
   void project_backward_sums(int64_t pixel, int64_t pixels, const Panel& panel) {
+    const float* gh = scratch + b.gh;
+    float* h = scratch + b.h;
     const int64_t h_pitch = plan.pitch;
-    for (int64_t v = 0; v < panel.vectors; ++v) {
-      const int64_t channel = panel.hidden + v * V::width;
-      const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
-      const float* gh = scratch + b.gh + v * V::width;
-      float* h = scratch + b.h + v * V::width;
-      PixelSums sum, product;
-      with_d(pixel, 0, panel, v,
-             [&](auto from, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
-               for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
-                 fetch(from + p * pitch + next);
-                 const V::T d = lanes.load(from + p * pitch), before = V::fma(d, scale, shift);
-                 const V::T g = open.keep(V::load(gh + p * h_pitch), before);
-                 V::store(h + p * h_pitch, V::clamp(before, lo, hi));
-                 sum.parts[part] = V::add(sum.parts[part], g);
-                 product.parts[part] = V::fma(g, d, product.parts[part]);
-               });
+    const V::T lowest = lo, highest = hi;
+    const Open through = open;
+    with_d(pixel, 0, panel,
+           [&](auto vectors, auto d, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
+             constexpr int kVectors = decltype(vectors)::count;
+             const Values<kVectors> scale(packed + l.scale2 + panel.hidden), shift(packed + l.shift2 + panel.hidden);
+             PixelSums<kVectors> sum, product;
+             for_pixels(vectors, pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
+               UNROLL for (int v = 0; v < kVectors; ++v) {
+                 fetch(d + p * pitch + v * V::width + next);
+                 const V::T value = lanes.load(d + p * pitch, v), before = V::fma(value, scale[v], shift[v]);
+                 const V::T g = through.keep(V::load(gh + p * h_pitch + v * V::width), before);
+                 V::store(h + p * h_pitch + v * V::width, V::clamp(before, lowest, highest));
+                 sum.add(part, v, g);
+                 product.add_product(part, v, g, value);
+               }
              });
-      add_to(item.sums + channel, sum.total());
-      add_to(item.sums + plan.sum_width + channel, product.total());
-    }
+             sum.add_to(item.sums + panel.hidden);
+             product.add_to(item.sums + plan.sum_width + panel.hidden);
+           });
   }
 
   // d and gh -> gd: a row of it, into its ring; `at`: the row's first pixel in scratch.
-  void normalise_backward(int64_t pixel, int64_t at, const Panel& panel, float* to) {
+  void normalise_backward(int64_t pixel, int64_t at, const Panel& panel, float* gd) {
+    const float* gh = scratch + b.gh + at * plan.pitch;
     const int64_t pixels = a.out_width, h_pitch = plan.pitch;
-    for (int64_t v = 0; v < panel.vectors; ++v) {
-      const int64_t channel = panel.hidden + v * V::width;
-      const V::T scale = V::load(packed + l.scale2 + channel), shift = V::load(packed + l.shift2 + channel);
-      const V::T wg = V::load(packed + l.a2 + channel), wd = V::load(packed + l.b2 + channel);
-      const V::T w = V::load(packed + l.c2 + channel);
-      const float* gh = scratch + b.gh + at * plan.pitch + v * V::width;
-      float* gd = to + v * V::width;
-      with_d(pixel, at, panel, v,
-             [&](auto from, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
-               for (int64_t p = 0; p < pixels; ++p) {
-                 fetch(from + p * pitch + next);
-                 const V::T d = lanes.load(from + p * pitch);
-                 const V::T g = open.keep(V::load(gh + p * h_pitch), V::fma(d, scale, shift));
-                 V::store(gd + p * h_pitch, V::fma(wg, g, V::fma(wd, d, w)));
+    const Open through = open;
+    with_d(pixel, at, panel,
+           [&](auto vectors, auto d, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
+             constexpr int kVectors = decltype(vectors)::count;
+             const Values<kVectors> scale(packed + l.scale2 + panel.hidden), shift(packed + l.shift2 + panel.hidden);
+             const Values<kVectors> wg(packed + l.a2 + panel.hidden), wd(packed + l.b2 + panel.hidden);
+             const Values<kVectors> w(packed + l.c2 + panel.hidden);
+             for (int64_t p = 0; p < pixels; ++p) UNROLL for (int v = 0; v < kVectors; ++v) {
+                 fetch(d + p * pitch + v * V::width + next);
+                 const V::T value = lanes.load(d + p * pitch, v);
+                 const V::T g =
+                     through.keep(V::load(gh + p * h_pitch + v * V::width), V::fma(value, scale[v], shift[v]));
+                 V::store(gd + p * h_pitch + v * V::width, V::fma(wg[v], g, V::fma(wd[v], value, w[v])));
                }
-             });
-    }
+           });
   }
 
   // gy and z -> gz, of `pixels` pixels from the `pixel`-th on.
   void gradient_of_z(int64_t pixel, int64_t pixels) {
     const int64_t z_pitch = out_channels, gz_pitch = l.out_padded;
-    const int64_t block = max64(kPixelBlock * V::width / l.out_padded, 16);  // whose cache lines stay in L1
-    for (int64_t begin = 0; begin < pixels; begin += block) {
-      const int64_t count = min64(block, pixels - begin);
-      for (int64_t c = 0; c < l.out_padded; c += V::width) {
-        const Lanes<Storage> lanes(out_channels - c);
-        const int64_t from = (pixel + begin) * out_channels + c;
-        const Element *gy = static_cast<const Element*>(a.gy) + from, *z = static_cast<const Element*>(a.z) + from;
-        float* gz = scratch + b.gz + begin * l.out_padded + c;
-        const V::T scale = V::load(packed + l.scale3 + c), shift = V::load(packed + l.shift3 + c);
-        const V::T wg = V::load(packed + l.a3 + c), wz = V::load(packed + l.b3 + c), w = V::load(packed + l.c3 + c);
-        for (int64_t p = 0; p < count; ++p) {
-          const V::T value = lanes.load(z + p * z_pitch);
-          const V::T g = final_open.keep(lanes.load(gy + p * z_pitch), V::fma(value, scale, shift));
-          V::store(gz + p * gz_pitch, V::fma(wg, g, V::fma(wz, value, w)));
+    const Open through = final_open;
+    for_panels(out_channels, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
+      constexpr int kVectors = decltype(vectors)::count;
+      const PanelLanes<Storage, kVectors> lanes(out_channels - c);
+      const int64_t from = pixel * out_channels + c;
+      const Element *gy = static_cast<const Element*>(a.gy) + from, *z = static_cast<const Element*>(a.z) + from;
+      float* gz = scratch + b.gz + c;
+      const Values<kVectors> scale(packed + l.scale3 + c), shift(packed + l.shift3 + c);
+      const Values<kVectors> wg(packed + l.a3 + c), wz(packed + l.b3 + c), w(packed + l.c3 + c);
+      for (int64_t p = 0; p < pixels; ++p) UNROLL for (int v = 0; v < kVectors; ++v) {
+          const V::T value = lanes.load(z + p * z_pitch, v);
+          const V::T g = through.keep(lanes.load(gy + p * z_pitch, v), V::fma(value, scale[v], shift[v]));
+          V::store(gz + p * gz_pitch + v * V::width, V::fma(wg[v], g, V::fma(wz[v], value, w[v])));
         }
-      }
-    }
+    });
   }
 
   // ---- Products of a group ----
@@ -939,20 +1030,28 @@ struct TrainWork {
   void finish_project(int64_t pixel, int64_t pixels, bool first) {
     for (int64_t begin = 0; begin < pixels; begin += kPixelBlock) {
       const int64_t count = min64(kPixelBlock, pixels - begin);
-      for (int64_t c = 0; c < l.out_padded; c += V::width) {
-        const Lanes<Storage> lanes(out_channels - c);
+      for_panels(out_channels, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
+        constexpr int kVectors = decltype(vectors)::count;
+        const PanelLanes<Storage, kVectors> lanes(out_channels - c);
         const float* z = scratch + b.z + begin * l.out_padded + c;
-        if (first && begin == 0) V::store(scratch + b.shift + c, mean_of(z, l.out_padded, count));
-        Moments moments(scratch + b.shift + c);
+        float* shift = scratch + b.shift + c;
+        if (first && begin == 0)
+          for (int64_t v = 0; v < kVectors * V::width; v += V::width)
+            V::store(shift + v, mean_of(z + v, l.out_padded, count));
+        Moments<kVectors> moments(shift);
         Element* out = static_cast<Element*>(a.z_out) + (pixel + begin) * out_channels + c;
-        for_pixels(count, [&](int64_t p, int part) __attribute__((always_inline)) {
-          const V::T value = V::load(z + p * l.out_padded);
-          moments.add(part, value);
-          lanes.store(out + p * out_channels, value);
+        write_pixels(out, out_channels, pixels_of_d(), [&](auto store) __attribute__((always_inline)) {
+          for_pixels(vectors, count, [&](int64_t p, int part) __attribute__((always_inline)) {
+            UNROLL for (int v = 0; v < kVectors; ++v) {
+              const V::T value = V::load(z + p * l.out_padded + v * V::width);
+              moments.add(part, v, value);
+              store(lanes, out + p * out_channels, v, value, 0);
+            }
+          });
         });
-        add_to(item.sums + c, moments.sum.total());
-        add_to(item.sums + plan.sum_width + c, moments.squares.total());
-      }
+        moments.sum.add_to(item.sums + c);
+        moments.squares.add_to(item.sums + plan.sum_width + c);
+      });
     }
   }
 
@@ -1033,21 +1132,25 @@ struct TrainWork {
     const float *products = scratch + b.run_sums, *sums = products + plan.chunk * taps;
     for (int64_t c = 0; c < end - hidden; c += V::width) {
       double* to = item.sums + hidden + c;
-      add_to(to, V::load(sums + c));
+      add_lanes(to, V::load(sums + c));
       for (int64_t t = 0; t < taps; ++t)
-        add_to(to + (1 + t) * plan.sum_width, V::load(products + c * taps + t * V::width));
+        add_lanes(to + (1 + t) * plan.sum_width, V::load(products + c * taps + t * V::width));
     }
   }
 
   // A panel's pixels from scratch into an image of all hidden channels.
   template <class To>
   void keep_rows(const float* from, int64_t pixel, int64_t pixels, const Panel& panel, typename To::Element* image_of) {
-    for (int64_t v = 0; v < panel.vectors; ++v, from += V::width) {
-      const int64_t channel = panel.hidden + v * V::width;
-      const Lanes<To> lanes(hidden_channels - channel);
-      typename To::Element* to = image_of + pixel * hidden_channels + channel;
-      for (int64_t p = 0; p < pixels; ++p) lanes.store(to + p * hidden_channels, V::load(from + p * plan.pitch));
-    }
+    with_vectors(panel.vectors, [&](auto vectors) __attribute__((always_inline)) {
+      constexpr int kVectors = decltype(vectors)::count;
+      const PanelLanes<To, kVectors> lanes(hidden_channels - panel.hidden);
+      typename To::Element* to = image_of + pixel * hidden_channels + panel.hidden;
+      write_pixels(to, hidden_channels, pixels_of_d(), [&](auto store) __attribute__((always_inline)) {
+        for (int64_t p = 0; p < pixels; ++p)
+          UNROLL for (int v = 0; v < kVectors; ++v)
+              store(lanes, to + p * hidden_channels, v, V::load(from + p * plan.pitch + v * V::width), 0);
+      });
+    });
   }
 
   void depthwise_backward() {
@@ -1112,18 +1215,22 @@ struct TrainWork {
     for (int64_t i = 0; i < in_channels * l.in_padded; ++i) sums[i] = 0;
     for_each_block([&](int64_t pixel, int64_t pixels) {
       widen_row<Storage>(x + pixel * in_channels, in_channels, pixels, in_channels, b.wide_pitch, rows);
-      for (int64_t c = 0; c < l.in_padded; c += V::width) {
-        if (pixel == item.begin) V::store(shift + c, mean_of(rows + c, b.wide_pitch, pixels));
-        const V::T from = V::load(shift + c);
-        PixelSums sum;
-        for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
-          float* at = rows + p * b.wide_pitch + c;
-          const V::T value = V::sub(V::load(at), from);
-          V::store(at, value);
-          sum.parts[part] = V::add(sum.parts[part], value);
+      for (int64_t c = 0; pixel == item.begin && c < l.in_padded; c += V::width)
+        V::store(shift + c, mean_of(rows + c, b.wide_pitch, pixels));
+      for_panels(in_channels, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
+        constexpr int kVectors = decltype(vectors)::count;
+        const Values<kVectors> from(shift + c);
+        PixelSums<kVectors> sum;
+        for_pixels(vectors, pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
+          UNROLL for (int v = 0; v < kVectors; ++v) {
+            float* at = rows + p * b.wide_pitch + c + v * V::width;
+            const V::T value = V::sub(V::load(at), from[v]);
+            V::store(at, value);
+            sum.add(part, v, value);
+          }
         });
-        add_to(item.sums + c, sum.total());
-      }
+        sum.add_to(item.sums + c);
+      });
       // the panels on and above the diagonal
       const int64_t vectors = l.in_padded / V::width;
       for (int64_t v = 0; v < vectors; v += l.in_panel) {
@@ -1133,7 +1240,7 @@ struct TrainWork {
       }
       if ((pixel - item.begin) % kFlush == kFlush - kPixelBlock || pixel + pixels == item.end) {
         for (int64_t i = 0; i < in_channels * l.in_padded; i += V::width) {
-          add_to(item.sums + plan.sum_width + i, V::load(sums + i));
+          add_lanes(item.sums + plan.sum_width + i, V::load(sums + i));
           V::store(sums + i, V::set(0));
         }
       }
@@ -1154,41 +1261,48 @@ struct TrainWork {
   }
 
   void finish() {
-    const V::T final_lo = V::set(a.final_activation.lo), final_hi = V::set(a.final_activation.hi);
+    const V::T lowest = V::set(a.final_activation.lo), highest = V::set(a.final_activation.hi);
     for_each_block([&](int64_t pixel, int64_t pixels) {
-      for (int64_t c = 0; c < out_channels; c += V::width) {
-        const Lanes<Storage> lanes(out_channels - c);
+      for_panels(out_channels, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
+        constexpr int kVectors = decltype(vectors)::count;
+        const PanelLanes<Storage, kVectors> lanes(out_channels - c);
         const int64_t at = pixel * out_channels + c;
         const Element *z = static_cast<const Element*>(a.z) + at, *x = static_cast<const Element*>(a.x) + at;
         Element* y = static_cast<Element*>(a.y) + at;
-        const V::T scale = V::load(packed + l.scale3 + c), shift = V::load(packed + l.shift3 + c);
-        for (int64_t p = 0; p < pixels; ++p) {
-          const int64_t i = p * out_channels;
-          V::T value = V::clamp(V::fma(lanes.load(z + i), scale, shift), final_lo, final_hi);
-          if (a.x) value = V::add(value, lanes.load(x + i));
-          lanes.store(y + i, value);
-        }
-      }
+        const Values<kVectors> scale(packed + l.scale3 + c), shift(packed + l.shift3 + c);
+        write_pixels(y, out_channels, pixels_of_d(), [&](auto store) __attribute__((always_inline)) {
+          for (int64_t p = 0; p < pixels; ++p) UNROLL for (int v = 0; v < kVectors; ++v) {
+              const int64_t i = p * out_channels;
+              V::T value = V::clamp(V::fma(lanes.load(z + i, v), scale[v], shift[v]), lowest, highest);
+              if (a.x) value = V::add(value, lanes.load(x + i, v));
+              store(lanes, y + i, v, value, 0);
+            }
+        });
+      });
     });
   }
 
   void finish_backward() {
+    const Open through = final_open;
     for_each_block([&](int64_t pixel, int64_t pixels) {
-      for (int64_t c = 0; c < out_channels; c += V::width) {
-        const Lanes<Storage> lanes(out_channels - c);
+      for_panels(out_channels, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
+        constexpr int kVectors = decltype(vectors)::count;
+        const PanelLanes<Storage, kVectors> lanes(out_channels - c);
         const int64_t at = pixel * out_channels + c;
         const Element *gy = static_cast<const Element*>(a.gy) + at, *z = static_cast<const Element*>(a.z) + at;
-        const V::T scale = V::load(packed + l.scale3 + c), shift = V::load(packed + l.shift3 + c);
-        PixelSums sum, product;
-        for_pixels(pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
-          const V::T value = lanes.load(z + p * out_channels);
-          const V::T g = final_open.keep(lanes.load(gy + p * out_channels), V::fma(value, scale, shift));
-          sum.parts[part] = V::add(sum.parts[part], g);
-          product.parts[part] = V::fma(g, value, product.parts[part]);
+        const Values<kVectors> scale(packed + l.scale3 + c), shift(packed + l.shift3 + c);
+        PixelSums<kVectors> sum, product;
+        for_pixels(vectors, pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
+          UNROLL for (int v = 0; v < kVectors; ++v) {
+            const V::T value = lanes.load(z + p * out_channels, v);
+            const V::T g = through.keep(lanes.load(gy + p * out_channels, v), V::fma(value, scale[v], shift[v]));
+            sum.add(part, v, g);
+            product.add_product(part, v, g, value);
+          }
         });
-        add_to(item.sums + c, sum.total());
-        add_to(item.sums + plan.sum_width + c, product.total());
-      }
+        sum.add_to(item.sums + c);
+        product.add_to(item.sums + plan.sum_width + c);
+      });
     });
   }
 
@@ -1205,24 +1319,31 @@ struct TrainWork {
                   packed + l.input + v * V::width * in_channels, KeepSum{start, mx + v * V::width});
         }
       }
-      for (int64_t c = 0; c < in_channels; c += V::width) {
-        const Lanes<F32> wide(in_channels - c);
-        const Lanes<Storage> lanes(in_channels - c);
+      for_panels(in_channels, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
+        constexpr int kVectors = decltype(vectors)::count;
+        const PanelLanes<F32, kVectors> wide(in_channels - c);
+        const PanelLanes<Storage, kVectors> lanes(in_channels - c);
         const int64_t at = pixel * in_channels + c;
         const Element* gy = static_cast<const Element*>(a.gy) + at;
         Element* gx = static_cast<Element*>(a.gx) + at;
-        for (int64_t p = 0; p < pixels; ++p) {
-          const int64_t i = p * in_channels;
-          V::T value = wide.load(a.g + at + i);
-          if (a.m) value = V::sub(value, V::load(mx + p * l.in_padded + c));
-          if (a.gy) value = V::add(value, lanes.load(gy + i));
-          lanes.store(gx + i, value);
-        }
-      }
+        write_pixels(gx, in_channels, a.batch * a.height * a.width, [&](auto store) __attribute__((always_inline)) {
+          for (int64_t p = 0; p < pixels; ++p) UNROLL for (int v = 0; v < kVectors; ++v) {
+              const int64_t i = p * in_channels;
+              V::T value = wide.load(a.g + at + i, v);
+              if (a.m) value = V::sub(value, V::load(mx + p * l.in_padded + c + v * V::width));
+              if (a.gy) value = V::add(value, lanes.load(gy + i, v));
+              store(lanes, gx + i, v, value, 0);
+            }
+        });
+      });
     });
   }
 
   void run() {
+    run_phase();
+    V::fence();  // what was streamed is there before another thread is told so
+  }
+  void run_phase() {
     switch (a.phase) {
       case TrainPhase::gram:
         return gram();

@@ -165,14 +165,14 @@ struct WindowWork {
     for (int64_t c = 0; c < out_channels; c += V::width) {
       const Lanes<Storage> lanes(out_channels - c);
       const Element* gy = static_cast<const Element*>(w.gy) + pixel * out_channels + c;
-      PixelSums sum;
-      for_pixels(a.out_width, [&](int64_t p, int part) __attribute__((always_inline)) {
+      PixelSums<1> sum;
+      for_pixels(Vectors<1>(), a.out_width, [&](int64_t p, int part) __attribute__((always_inline)) {
         float* at = e + p * pitch + c;
         const V::T kept = open.keep(lanes.load(gy + p * out_channels), V::load(at));
         V::store(at, kept);
-        sum.parts[part] = V::add(sum.parts[part], kept);
+        sum.add(part, 0, kept);
       });
-      add_to(item.sums + c, sum.total());
+      sum.add_to(item.sums + c);
     }
   }
 
@@ -198,7 +198,7 @@ struct WindowWork {
       if (summed < kFlush && line + 1 < item.line_end) return;
       summed = 0;
       for (int64_t i = 0; i < depth * l.out_padded; i += V::width) {
-        add_to(item.sums + item.pitch + i, V::load(t + i));
+        add_lanes(item.sums + item.pitch + i, V::load(t + i));
         V::store(t + i, V::set(0));
       }
     });

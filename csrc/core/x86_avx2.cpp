@@ -18,6 +18,7 @@ struct V {
   using T = __m256;
   static constexpr int width = 8;
   static constexpr int kPart = 0;
+  static constexpr bool kStreams = false;  // a register is part of a cache line
   static constexpr int kMaxPanel = 3;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 6, 4};
   static constexpr int kPairedPanel = 0;
@@ -29,6 +30,8 @@ struct V {
   V_INLINE T set(float v) { return _mm256_set1_ps(v); }
   V_INLINE T load(const float* p) { return _mm256_loadu_ps(p); }
   V_INLINE void store(float* p, T v) { _mm256_storeu_ps(p, v); }
+  V_INLINE void stream(float* p, T v) { store(p, v); }
+  V_INLINE void fence() {}
   V_INLINE T broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   // The form that adds to its accumulator in place. Given the intrinsic, GCC also uses the forms that overwrite a
   // factor, and moves the accumulators of a full tile through other registers and the stack (csrc/TUNING.md).

@@ -18,6 +18,7 @@ struct V {
   using T = __m512;
   static constexpr int width = 16;
   static constexpr int kPart = 0;
+  static constexpr bool kStreams = true;  // a register is a cache line: stream() writes whole ones
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
   static constexpr int kPairedPanel = 3;
@@ -29,6 +30,8 @@ struct V {
   V_INLINE T set(float v) { return _mm512_set1_ps(v); }
   V_INLINE T load(const float* p) { return _mm512_loadu_ps(p); }
   V_INLINE void store(float* p, T v) { _mm512_storeu_ps(p, v); }
+  V_INLINE void stream(float* p, T v) { _mm512_stream_ps(p, v); }
+  V_INLINE void fence() { _mm_sfence(); }
   V_INLINE T broadcast(const float* p) { return _mm512_set1_ps(*p); }
 #ifdef __AVX512F__
   // The form that adds to its accumulator in place, for the reason that x86_avx2.cpp gives.

@@ -201,5 +201,6 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_storeu_ps emulated::storeu_ps
+#define _mm512_stream_ps emulated::storeu_ps
 #define _mm512_sub_ps emulated::sub_ps
 #define _mm512_test_epi32_mask emulated::test_epi32_mask
