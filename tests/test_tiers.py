@@ -190,7 +190,8 @@ def test_each_tier_is_code_of_its_own() -> None:
 @pytest.mark.parametrize("tier", ALL_TIERS)
 def test_fma_peak(tier: str) -> None:
     if ALL_TIERS[tier]["runnable"]:
-        assert _C.fma_peak(tier, 0.01) > 0.1
+        # Above what two units of 512 bits give at 8 GHz, the loop was not run.
+        assert 0.1 < _C.fma_peak(tier, 0.01) < 2 * 16 * 2 * 8 * (2 if tier == "avx512fp16" else 1)
     else:
         with pytest.raises(ValueError, match=f"'{tier}' cannot run here"):
             _C.fma_peak(tier, 0.01)
