@@ -225,6 +225,14 @@ def test_patches(tier: str, channels: int, expand: bool, dtype: torch.dtype, ker
         assert error < BOUNDS[dtype], (height, width)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tier", TIERS)
+def test_gaps_in_x_without_expand(tier: str, dtype: torch.dtype) -> None:
+    needs(tier)
+    x = torch.randn(2, 70, 9, 10).to(dtype).contiguous(memory_format=torch.channels_last)[:, 3:35]
+    assert forced(tier, x, make_weights(32, 32, 16, expand=False)) < BOUNDS[dtype]
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_packed_weights_stay_with_their_tier(tier: str) -> None:
     """Weights packed under one cap are run by the tier that packed them, whatever the cap says later."""
