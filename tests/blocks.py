@@ -17,6 +17,37 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 GRADIENT_BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 EPS = (1e-5, 1e-3, 1e-5)
 
+# What the AVX-512 tier does otherwise than its elders, for every tier.
+#
+#: Output channels of few enough vectors for paired panels (csrc/core/pack.cpp) and one too many, with hidden channels
+#: that are odd, and even with every rest of the unrolled loop over pairs.
+PAIRED_OUT = (1, 3, 8, 9, 16, 17, 23, 24, 25)
+PAIRED_HIDDEN = (2, 23, 24, 26, 28, 30)
+#: Paired panels wherever sums go: Cin, hidden and Cout; the image's size; options.
+PAIRED: dict[str, tuple[tuple[int, int, int], tuple[int, int], dict[str, Any]]] = {
+    "chunks": ((5, 400, 24), (6, 7), {}),
+    "chunks, odd": ((5, 401, 24), (6, 7), {}),
+    "chunks, residual": ((9, 400, 9), (6, 7), {"residual": True}),
+    "chunks, final activation": ((5, 402, 17), (6, 7), {"final_activation": "relu6"}),
+    "residual": ((24, 48, 24), (9, 9), {"residual": True}),
+    "residual, one vector": ((16, 46, 16), (9, 9), {"residual": True}),
+    "final activation": ((8, 48, 23), (9, 9), {"stride": 2, "final_activation": "relu6"}),
+    "bands": ((4, 26, 24), (64, 65), {}),
+    "bands, chunks": ((3, 200, 20), (64, 65), {}),
+    "hidden channels shared out": ((64, 384, 24), (4, 4), {"threads": 2}),
+    "hidden channels shared out, residual": ((24, 386, 24), (4, 4), {"threads": 2, "residual": True}),
+    "hidden channels shared out, one vector": ((64, 384, 7), (4, 4), {"threads": 2, "final_activation": "relu"}),
+    "rows shared out": ((8, 32, 24), (21, 21), {"threads": 2}),
+}
+#: Outputs of a depthwise pass for every size of its patches, and of groups that several of them make up; one of several
+#: groups.
+PATCHES = {
+    3: [(height, width) for height in range(1, 5) for width in range(1, 11)]
+    + [(h, 9) for h in range(5, 9)]
+    + [(23, 50)],
+    5: [(2, width) for width in range(1, 13)] + [(height, 9) for height in range(1, 9)],
+}
+
 
 def make_weights(
     in_channels: int = 8,

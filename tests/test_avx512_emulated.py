@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from blocks import BOUNDS, DTYPES, make_weights, relative_error
+from blocks import BOUNDS, DTYPES, PAIRED, PAIRED_HIDDEN, PAIRED_OUT, PATCHES, make_weights, relative_error
 from test_train_ops import LAYER_CASES, Case, arguments, layer_mistakes, layer_phases, mistakes, phases, results
 from torch import Tensor
 
@@ -28,6 +28,7 @@ CORE = ROOT / "csrc/core"
 EMULATION = ROOT / "tests/emulated_avx512"
 COMPILER = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
 TIERS = {tier["name"]: tier for tier in _C.tiers()}
+CLAMPS = ("none", "relu", "relu6")  # in the order of driver.cpp
 
 pytestmark = [
     pytest.mark.skipif(not TIERS["avx2"]["runnable"], reason="the emulation is made of AVX2"),
@@ -72,6 +73,7 @@ def run(library: ctypes.CDLL) -> Run:
         dilation: int = 1,
         padding: int = 1,
         residual: bool = False,
+        final_activation: str = "none",
         threads: int = 1,
     ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -84,7 +86,7 @@ def run(library: ctypes.CDLL) -> Run:
         y = torch.full((batch, len(project), *out), torch.nan, dtype=x.dtype)
         y = y.to(memory_format=torch.channels_last)
         sizes = (in_channels, len(depthwise), len(project), kernel, batch, height, width, stride, dilation, padding)
-        numbers = (*sizes, int(residual), DTYPES.index(x.dtype), *out)
+        numbers = (*sizes, int(residual), DTYPES.index(x.dtype), *out, CLAMPS.index(final_activation))
         library.run(
             (ctypes.c_int64 * len(numbers))(*numbers),
             (ctypes.c_void_p * 6)(*(None if w is None else w.data_ptr() for w in weights)),
@@ -150,6 +152,36 @@ def test_without_expand(run: Run, channels: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_channels", PAIRED_OUT)
+def test_few_output_channels(run: Run, out_channels: int, dtype: torch.dtype) -> None:
+    for hidden in PAIRED_HIDDEN:
+        x, weights = torch.randn(1, 5, 6, 5).to(dtype), make_weights(5, hidden, out_channels)
+        assert relative_error(run(x, weights), expected(x, weights)) < BOUNDS[dtype], hidden
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PAIRED)
+def test_where_sums_of_few_output_channels_go(run: Run, name: str, dtype: torch.dtype) -> None:
+    channels, size, options = PAIRED[name]
+    x, weights = torch.randn(1, channels[0], *size).to(dtype), make_weights(*channels)
+    assert relative_error(run(x, weights, **options), expected(x, weights, **options)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", PATCHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_patches(run: Run, dtype: torch.dtype, kernel: int, stride: int) -> None:
+    weights = make_weights(16, 16, 8, kernel, expand=False)
+    for height, width in PATCHES[kernel]:
+        x = torch.randn(1, 16, (height - 1) * stride + 1, (width - 1) * stride + 1).to(dtype)
+        config = {"stride": stride, "padding": kernel // 2}
+        assert relative_error(run(x, weights, **config), expected(x, weights, **config)) < BOUNDS[dtype], (
+            height,
+            width,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values(run: Run, dtype: torch.dtype) -> None:
     """NaN passes the clamps and both roundings; infinities are clamped."""
     x = torch.randn(1, 8, 9, 9)
@@ -162,7 +194,6 @@ def test_special_values(run: Run, dtype: torch.dtype) -> None:
     assert relative_error(y[~y.isnan()], wanted[~wanted.isnan()]) < BOUNDS[dtype]
 
 
-CLAMPS = ("none", "relu", "relu6")  # in the order of driver.cpp
 # The tensors of `TrainArgs` (csrc/core/train.h), and which of them an op returns.
 INPUTS = [
     "x",

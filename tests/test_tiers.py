@@ -10,10 +10,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from blocks import BOUNDS, make_weights, relative_error
+from blocks import (
+    BOUNDS,
+    DTYPES,
+    PAIRED,
+    PAIRED_HIDDEN,
+    PAIRED_OUT,
+    PATCHES,
+    double,
+    make_config,
+    make_weights,
+    relative_error,
+)
 from torch import Tensor
 
 from mbv2_kernels import _C, reference
@@ -159,6 +171,66 @@ def test_threads_share_a_block(tier: str, channels: tuple[int, int, int], size: 
     y = torch.ops.mbv2.inverted_residual(x, *weights, *CONFIG)
     expected = reference.inverted_residual(x.double(), *(weight.double() for weight in weights))
     assert relative_error(y, expected) < BOUNDS[torch.float32]
+
+
+def forced(tier: str, x: Tensor, weights: list[Tensor | None], **options: Any) -> float:
+    """The error of a block by that tier."""
+    _C.set_max_isa(tier)
+    _C.reset_counters()
+    padding = options.pop("padding", 1)
+    y = torch.ops.mbv2.inverted_residual(x, *weights, *make_config(padding=padding, **options))
+    assert _C.counters()[tier] == 1
+    return relative_error(y, reference.inverted_residual(*double([x, *weights]), padding=padding, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_channels", PAIRED_OUT)
+@pytest.mark.parametrize("tier", TIERS)
+def test_few_output_channels(tier: str, out_channels: int, dtype: torch.dtype) -> None:
+    needs(tier)
+    torch.set_num_threads(1)
+    for hidden in PAIRED_HIDDEN:
+        x = torch.randn(1, 5, 6, 5).to(dtype)
+        assert forced(tier, x, make_weights(5, hidden, out_channels)) < BOUNDS[dtype], hidden
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("tier", TIERS)
+def test_where_sums_of_few_output_channels_go(tier: str, name: str, dtype: torch.dtype) -> None:
+    needs(tier)
+    channels, size, options = PAIRED[name]
+    options = dict(options)
+    torch.set_num_threads(options.pop("threads", 1))
+    x = torch.randn(1, channels[0], *size).to(dtype)
+    assert forced(tier, x, make_weights(*channels), **options) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", PATCHES)
+@pytest.mark.parametrize(
+    ("channels", "expand", "dtype"),
+    [(3, True, torch.float32), *((32, False, dtype) for dtype in DTYPES), (19, False, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("tier", TIERS)
+def test_patches(tier: str, channels: int, expand: bool, dtype: torch.dtype, kernel: int, stride: int) -> None:
+    """Of the depthwise pass: every height and width, with rows and columns in the padding on all sides."""
+    needs(tier)
+    torch.set_num_threads(1)
+    weights = make_weights(channels, 32, 8, kernel, expand=expand)
+    for height, width in PATCHES[kernel]:
+        x = torch.randn(1, channels, (height - 1) * stride + 1, (width - 1) * stride + 1).to(dtype)
+        error = forced(tier, x, weights, stride=stride, padding=kernel // 2)
+        assert error < BOUNDS[dtype], (height, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tier", TIERS)
+def test_gaps_in_x_without_expand(tier: str, dtype: torch.dtype) -> None:
+    needs(tier)
+    x = torch.randn(2, 70, 9, 10).to(dtype).contiguous(memory_format=torch.channels_last)[:, 3:35]
+    assert forced(tier, x, make_weights(32, 32, 16, expand=False)) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -35,9 +35,15 @@ struct ExpandEpilogue {
 
 // ---- Depthwise ------------------------------------------------------------------------------------------------------
 
-// A group of output rows.
+// Whether the depthwise pass reads 16-bit storage itself: where a patch has several rows, so that a pixel is converted
+// little more than once.
+constexpr bool kPatchesOfHalves = V::kMaxPatchHeight > 1;
+
+// A group of output rows, of e as it is stored: as Real in a ring, or as x if there is no expand.
+template <class Storage>
 struct Depthwise {
-  const Real* const* rows;  // [group][kernel]: rows of e under the kernel's rows; null where one lies in the padding
+  using Element = typename Storage::Element;
+  const Element* const* rows;  // [group][kernel]: rows of e under the kernel's rows; null where one lies in the padding
   int64_t group;
   int64_t pitch;         // from a pixel of e to the next, in numbers
   int64_t first_column;  // column of e under output column 0's first tap; negative: in the padding
@@ -53,10 +59,10 @@ struct Depthwise {
 
 // Height x Width neighbouring outputs, one vector of channels. Each loaded pixel serves all the taps that it takes part
 // in. Every Kernel-th column in turn: that is one multiply-add for each output, so that none waits for its last.
-template <int Kernel, int Stride, int Height, int Width>
-ALWAYS_INLINE void depthwise_patch(const Real* const* rows, int64_t at, int64_t pitch, const Real* weights,
-                                   const Real* bias, const Clamp& clamp, Real* out, int64_t out_row,
-                                   int64_t out_pitch) {
+template <class Storage, int Kernel, int Stride, int Height, int Width>
+ALWAYS_INLINE void depthwise_patch(const typename Storage::Element* const* rows, int64_t at, int64_t pitch,
+                                   const Real* weights, const Real* bias, const Clamp& clamp, Real* out,
+                                   int64_t out_row, int64_t out_pitch) {
   V::T acc[Height][Width], w[Kernel][Kernel];
   const V::T start = V::load(bias);
   UNROLL for (int y = 0; y < Height; ++y) UNROLL for (int x = 0; x < Width; ++x) acc[y][x] = start;
@@ -66,14 +72,14 @@ ALWAYS_INLINE void depthwise_patch(const Real* const* rows, int64_t at, int64_t 
     }
     if (!rows[r]) continue;
     constexpr int kColumns = (Width - 1) * Stride + Kernel, kBases = (kColumns + 2) / 3;  // as in tile()
-    const Real* base[kBases] = {rows[r] + at};
+    const typename Storage::Element* base[kBases] = {rows[r] + at};
     UNROLL for (int i = 1; i < kBases; ++i) {
       KEEP(base[i - 1]);  // else a register for each column's offset is computed ahead, and does not stay in one
       base[i] = base[i - 1] + 3 * pitch;
     }
     UNROLL for (int first = 0; first < Kernel; ++first) {
       UNROLL for (int c = first; c < kColumns; c += Kernel) {
-        const V::T pixel = V::load(base[c / 3] + (c % 3) * pitch);
+        const V::T pixel = Storage::load(base[c / 3] + (c % 3) * pitch);
         UNROLL for (int y = 0; y < Height; ++y) UNROLL for (int x = 0; x < Width; ++x) {
           const int dy = r - y * Stride, dx = c - x * Stride;
           if (dy >= 0 && dy < Kernel && dx >= 0 && dx < Kernel) acc[y][x] = V::fma(pixel, w[dy][dx], acc[y][x]);
@@ -88,12 +94,12 @@ ALWAYS_INLINE void depthwise_patch(const Real* const* rows, int64_t at, int64_t 
 }
 
 // Any stride, dilation, and columns in the padding: one output at a time. Kernel 0: any, too.
-template <int Kernel>
-NOINLINE void depthwise_edge(const Depthwise& d, int64_t begin, int64_t end) {
+template <int Kernel, class Storage>
+NOINLINE void depthwise_edge(const Depthwise<Storage>& d, int64_t begin, int64_t end) {
   const int64_t kernel = Kernel ? Kernel : d.kernel;
   const V::T lo = V::set(d.clamp.lo), hi = V::set(d.clamp.hi);
   for (int64_t oy = 0; oy < d.group; ++oy) {
-    const Real* const* rows = d.rows + oy * kernel;
+    const auto* rows = d.rows + oy * kernel;
     for (int64_t ox = begin; ox < end; ++ox) {
       const int64_t column = d.first_column + ox * d.stride;
       for (int64_t v = 0; v < d.vectors; ++v) {
@@ -104,7 +110,7 @@ NOINLINE void depthwise_edge(const Depthwise& d, int64_t begin, int64_t end) {
           UNROLL for (int64_t dx = 0; dx < kernel; ++dx) {
             const int64_t c = column + dx * d.dilation;
             if (c < 0 || c >= d.width) continue;
-            const V::T pixel = V::load(rows[dy] + c * d.pitch + v * V::width);
+            const V::T pixel = Storage::load(rows[dy] + c * d.pitch + v * V::width);
             acc = V::fma(pixel, V::load(w + (dy * kernel + dx) * V::width), acc);
           }
         }
@@ -115,9 +121,9 @@ NOINLINE void depthwise_edge(const Depthwise& d, int64_t begin, int64_t end) {
 }
 
 // `count` patches side by side, from output row `oy` and column `ox` on.
-template <int Kernel, int Stride, int Height, int Width>
-NOINLINE void depthwise_patches(const Depthwise& d, int64_t oy, int64_t ox, int64_t count) {
-  const Real* rows[(Height - 1) * Stride + Kernel];
+template <int Kernel, int Stride, int Height, int Width, class Storage>
+NOINLINE void depthwise_patches(const Depthwise<Storage>& d, int64_t oy, int64_t ox, int64_t count) {
+  const typename Storage::Element* rows[(Height - 1) * Stride + Kernel];
   UNROLL for (int y = 0; y < Height; ++y) UNROLL for (int dy = 0; dy < Kernel; ++dy) {
     rows[y * Stride + dy] = d.rows[(oy + y) * Kernel + dy];
   }
@@ -126,13 +132,13 @@ NOINLINE void depthwise_patches(const Depthwise& d, int64_t oy, int64_t ox, int6
   int64_t at = (d.first_column + ox * Stride) * pitch;
   for (int64_t i = count; i > 0; --i, at += Width * Stride * pitch, out += Width * out_pitch)
     for (int64_t v = 0; v < d.vectors; ++v)
-      depthwise_patch<Kernel, Stride, Height, Width>(
+      depthwise_patch<Storage, Kernel, Stride, Height, Width>(
           rows, at + v * V::width, pitch, d.weights + v * (Kernel * Kernel * V::width), d.bias + v * V::width, d.clamp,
           out + v * V::width, out_row, out_pitch);
 }
 
-template <int Kernel, int Stride, int Height, int Width>
-ALWAYS_INLINE void depthwise_patches_of_width(int64_t width, const Depthwise& d, int64_t oy, int64_t ox,
+template <int Kernel, int Stride, int Height, int Width, class Storage>
+ALWAYS_INLINE void depthwise_patches_of_width(int64_t width, const Depthwise<Storage>& d, int64_t oy, int64_t ox,
                                               int64_t count) {
   if constexpr (Width >= 1) {
     if (width == Width)
@@ -143,8 +149,8 @@ ALWAYS_INLINE void depthwise_patches_of_width(int64_t width, const Depthwise& d,
 }
 
 // Columns [begin, end), whose taps all exist, in patches as equally wide as can be.
-template <int Kernel, int Stride, int Height>
-ALWAYS_INLINE void depthwise_patches_of_height(int64_t height, const Depthwise& d, int64_t oy, int64_t begin,
+template <int Kernel, int Stride, int Height, class Storage>
+ALWAYS_INLINE void depthwise_patches_of_height(int64_t height, const Depthwise<Storage>& d, int64_t oy, int64_t begin,
                                                int64_t end) {
   if constexpr (Height >= 1) {
     if (height != Height) return depthwise_patches_of_height<Kernel, Stride, Height - 1>(height, d, oy, begin, end);
@@ -156,8 +162,8 @@ ALWAYS_INLINE void depthwise_patches_of_height(int64_t height, const Depthwise& 
   }
 }
 
-template <int Kernel, int Stride>
-static void depthwise_inner(const Depthwise& d, int64_t begin, int64_t end) {
+template <int Kernel, int Stride, class Storage>
+static void depthwise_inner(const Depthwise<Storage>& d, int64_t begin, int64_t end) {
   constexpr int kMax = Kernel == 3 ? V::kMaxPatchHeight : 1;  // the weights of a larger kernel do not stay in registers
   const int64_t count = ceil_div(d.group, kMax);
   for (int64_t i = 0, oy = 0; i < count; ++i) {
@@ -167,7 +173,9 @@ static void depthwise_inner(const Depthwise& d, int64_t begin, int64_t end) {
   }
 }
 
-static void depthwise_rows(const Depthwise& d) {
+// Of 16-bit storage with kernel 3 only: other kernels, rare without expand, are not worth the code.
+template <class Storage>
+static void depthwise_rows(const Depthwise<Storage>& d) {
   // outputs whose first tap is at column >= 0 and whose last tap is at column < width
   const int64_t reach = (d.kernel - 1) * d.dilation;
   int64_t begin = d.first_column >= 0 ? 0 : ceil_div(-d.first_column, d.stride);
@@ -177,21 +185,24 @@ static void depthwise_rows(const Depthwise& d) {
   end = max64(begin, min64(end, d.out_width));
   const bool fast = d.dilation == 1 && (d.stride == 1 || d.stride == 2) && (d.kernel == 3 || d.kernel == 5);
   if (!fast) begin = end = d.out_width;
-  const auto edge = d.kernel == 3 ? depthwise_edge<3> : d.kernel == 5 ? depthwise_edge<5> : depthwise_edge<0>;
-  edge(d, 0, begin);
-  edge(d, end, d.out_width);
-  if (begin == end) return;
-  if (d.kernel == 3)
-    d.stride == 1 ? depthwise_inner<3, 1>(d, begin, end) : depthwise_inner<3, 2>(d, begin, end);
-  else
-    d.stride == 1 ? depthwise_inner<5, 1>(d, begin, end) : depthwise_inner<5, 2>(d, begin, end);
+  const auto run = [&](auto edge, auto stride_1, auto stride_2) {
+    edge(d, 0, begin);
+    edge(d, end, d.out_width);
+    if (begin != end) d.stride == 1 ? stride_1(d, begin, end) : stride_2(d, begin, end);
+  };
+  if (!Storage::kOwn || d.kernel == 3)
+    return run(depthwise_edge<3, Storage>, depthwise_inner<3, 1, Storage>, depthwise_inner<3, 2, Storage>);
+  if constexpr (Storage::kOwn) {
+    const auto edge = d.kernel == 5 ? depthwise_edge<5, Storage> : depthwise_edge<0, Storage>;
+    run(edge, depthwise_inner<5, 1, Storage>, depthwise_inner<5, 2, Storage>);
+  }
 }
 
 // ---- One work item --------------------------------------------------------------------------------------------------
 
 // How an item's buffers lie in its scratch.
 struct Buffers {
-  bool widen;  // x is copied as Real first (another storage, or no expand with channels that fill no vector)
+  bool widen;  // x is copied as Real first: what the expand product, or without expand the depthwise pass, cannot read
   int64_t bands;
   int64_t ring_rows, ring_pitch, ring_size, rings;
   int64_t wide_rows, wide_pitch;                    // copied x
@@ -201,7 +212,9 @@ struct Buffers {
 static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan& plan) {
   Buffers b = {};
   const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
-  b.widen = a.dtype != V::dtype || (!a.dims.expand && a.dims.hidden_channels % V::width != 0);
+  const bool whole = a.dims.hidden_channels % V::width == 0;
+  const bool read_as_stored = a.dtype == V::dtype || (!a.dims.expand && kPatchesOfHalves && a.dims.kernel == 3);
+  b.widen = !read_as_stored || (!a.dims.expand && !whole);
   b.bands = ceil_div(ceil_div(a.out_height, plan.row_parts), plan.band_rows);
   b.ring_rows = a.dims.expand ? min64((plan.group_rows - 1) * a.stride + reach, a.height) : 0;
   // a ring's row: the image's columns and the padding that any output's taps can reach
@@ -228,6 +241,14 @@ static size_t scratch_floats(const BlockArgs& a, const PackedLayout& l, const Pl
   return floats_for(buffers_of(a, l, plan).size);
 }
 
+// The only chunk's sums, as whole vectors of y.
+template <class Storage>
+struct KeepHalves : Sums {
+  typename Storage::Element* y;
+  ALWAYS_INLINE void store(int64_t row, int j, V::T v) const { Storage::store(y + row * stride + j * V::width, v); }
+  ALWAYS_INLINE void skip(int64_t rows) { y += rows * stride; }
+};
+
 template <class Storage>
 struct Item {
   using Element = typename Storage::Element;
@@ -240,7 +261,7 @@ struct Item {
   const Real* packed;
   Real* partial;  // item.partial
   Real *d, *acc, *ring, *wide;
-  const Real** rows;  // under the kernel's rows, for the depthwise pass
+  void* rows;  // under the kernel's rows, for the depthwise pass
   int32_t* offsets;
   const Element* x;  // this image
   Element* y;
@@ -257,7 +278,7 @@ struct Item {
     acc = scratch + b.acc;
     ring = scratch + b.ring;
     wide = scratch + b.wide;
-    rows = reinterpret_cast<const Real**>(scratch + b.rows);
+    rows = scratch + b.rows;
     offsets = reinterpret_cast<int32_t*>(scratch + b.offsets);
     x = static_cast<const Element*>(a.x) + item.image * a.x_stride_image;
     y = static_cast<Element*>(a.y) + item.image * a.out_height * a.out_width * a.dims.out_channels;
@@ -316,23 +337,24 @@ struct Item {
     }
   }
 
-  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, const Real* chunk_ring) {
+  // Output rows [begin, end) of d. row_at: where an input row begins, stored as From; the rest is as in Depthwise.
+  template <class From, class Row>
+  void depthwise_from(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, const Row& row_at, int64_t pitch,
+                      int64_t first_column, int64_t columns) {
     const int64_t k = a.dims.kernel;
+    const auto to = static_cast<const typename From::Element**>(rows);
     for (int64_t oy = begin; oy < end; ++oy) {
       for (int64_t dy = 0; dy < k; ++dy) {
         const int64_t row = oy * a.stride - a.pad_top + dy * a.dilation;
-        const Real*& to = rows[(oy - begin) * k + dy];
-        if (row < 0 || row >= a.height)
-          to = nullptr;
-        else if (a.dims.expand)
-          to = chunk_ring + (row % b.ring_rows) * ring_columns * b.ring_pitch;
-        else
-          to = input_row(row) + hidden;
+        to[(oy - begin) * k + dy] = row < 0 || row >= a.height ? nullptr : row_at(row);
       }
     }
-    Depthwise p;
-    p.rows = rows;
+    Depthwise<From> p;
+    p.rows = to;
     p.group = end - begin;
+    p.pitch = pitch;
+    p.first_column = first_column;
+    p.width = columns;
     p.kernel = k;
     p.stride = a.stride;
     p.dilation = a.dilation;
@@ -343,16 +365,20 @@ struct Item {
     p.bias = packed + l.b2 + hidden;
     p.out = d;
     p.clamp = a.activation;
-    if (a.dims.expand) {  // the ring has its padding columns
-      p.pitch = b.ring_pitch;
-      p.first_column = 0;
-      p.width = ring_columns;
-    } else {
-      p.pitch = input_pitch();
-      p.first_column = -a.pad_left;
-      p.width = a.width;
-    }
     depthwise_rows(p);
+  }
+
+  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t vectors, const Real* chunk_ring) {
+    if (a.dims.expand) {  // the ring has its padding columns
+      const auto row_at = [&](int64_t row) { return chunk_ring + (row % b.ring_rows) * ring_columns * b.ring_pitch; };
+      depthwise_from<Own>(begin, end, hidden, vectors, row_at, b.ring_pitch, 0, ring_columns);
+    } else if (b.widen) {
+      const auto row_at = [&](int64_t row) { return wide_row(row) + hidden; };
+      depthwise_from<Own>(begin, end, hidden, vectors, row_at, b.wide_pitch, -a.pad_left, a.width);
+    } else if constexpr (Storage::kOwn || kPatchesOfHalves) {
+      const auto row_at = [&](int64_t row) { return x + row * a.x_stride_row + hidden; };
+      depthwise_from<Storage>(begin, end, hidden, vectors, row_at, a.x_stride_pixel, -a.pad_left, a.width);
+    }
   }
 
   // Vectors of output channels in the panel of w2 that begins at vector v, and numbers in it for a hidden channel.
@@ -396,6 +422,9 @@ struct Item {
     // The residual's rows may lie apart (a channel slice with gaps): then one row at a time.
     const bool by_row = write && a.residual && a.x_stride_row != a.width * a.x_stride_pixel;
     const int64_t step = by_row ? 1 : end - begin;
+    // The block with the largest image of all, MobileNetV2's first, has one vector of outputs.
+    const bool write_halves = !kDirect && write && first && !a.residual && !bounds(a.final_activation) &&
+                              l.out_pairs == 2 && a.dims.out_channels == V::width;
     for (int64_t v = 0; v < vectors; v += l.out_panel) {
       const Real* w = project_weights(v, hidden);
       const int64_t rest = a.dims.out_channels - v * V::width;
@@ -422,14 +451,21 @@ struct Item {
             continue;
           }
         }
+        if constexpr (!kDirect && V::kPairedPanel >= 2) {
+          if (write_halves) {
+            panel_product<true, 2>(left, rows, w, 2 * V::width, fetch,
+                                   KeepHalves<Storage>{{bias, nullptr, V::width}, y + row * a.out_width * V::width});
+            continue;
+          }
+        }
         project_product(left, rows, v, w, KeepSum{start, to}, fetch);
       }
     }
-    if (!kDirect && write) write_rows(begin, end, sums, 1, 0);
+    if (!kDirect && write && !write_halves) write_rows(begin, end, sums, 1, 0);
   }
 
-  // Finished sums -> y. 16-bit storage comes here from project too: a product of its own for each storage type would
-  // triple the code for the sake of one pass over the small tensor.
+  // Finished sums -> y. 16-bit storage comes here from project too, but for one vector of outputs: products of their
+  // own for each storage type would triple the code for the sake of one pass over the small tensor.
   void write_rows(int64_t begin, int64_t end, const Real* sums, int64_t splits, int64_t stride) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t v = 0; v < l.out_padded / V::width; ++v) {
@@ -506,7 +542,7 @@ struct Item {
           if (!a.dims.expand && !b.widen && hidden == item.hidden_begin) {
             const int64_t from = end_input_row(row_end);
             const int64_t rows_ahead = min64((row_end - row) * a.stride, a.height - from);
-            input = {input_row(from), rows_ahead * a.x_stride_row * static_cast<int64_t>(sizeof(Real))};
+            input = {x + from * a.x_stride_row, rows_ahead * a.x_stride_row * static_cast<int64_t>(sizeof(Element))};
           }
           project(row, row_end, hidden, min64(chunk, a.dims.hidden_channels - hidden), hidden == item.hidden_begin,
                   last && !partial, sums, input, row == band);

@@ -696,7 +696,7 @@ struct TrainWork {
     if (!expand)
       for (int64_t row = end_input_row(end), last = end_input_row(end + 1); row < last; ++row)
         fetch_row(input_row(row) + panel.hidden, input_pitch());
-    Depthwise d;
+    Depthwise<Own> d;
     d.rows = rows;
     d.group = end - begin;
     d.kernel = k;

@@ -31,7 +31,7 @@ extern "C" void run(const int64_t* n, const float* const* w, const void* x, void
   a.out_height = n[12];
   a.out_width = n[13];
   a.activation = kClamps[2];
-  a.final_activation = kClamps[0];
+  a.final_activation = kClamps[n[14]];
   a.x = x;
   a.x_stride_pixel = a.dims.in_channels;
   a.x_stride_row = a.width * a.x_stride_pixel;

@@ -36,6 +36,8 @@ HALVES_2(add_ps, __m512, __m256, _mm256_add_ps)
 HALVES_2(sub_ps, __m512, __m256, _mm256_sub_ps)
 HALVES_2(max_ps, __m512, __m256, _mm256_max_ps)
 HALVES_2(min_ps, __m512, __m256, _mm256_min_ps)
+HALVES_2(unpacklo_ps, __m512, __m256, _mm256_unpacklo_ps)  // of each 128 bits, as AVX2 does it
+HALVES_2(unpackhi_ps, __m512, __m256, _mm256_unpackhi_ps)
 HALVES_2(add_epi32, __m512i, __m256i, _mm256_add_epi32)
 HALVES_2(and_si512, __m512i, __m256i, _mm256_and_si256)
 HALVES_2(or_si512, __m512i, __m256i, _mm256_or_si256)
@@ -45,6 +47,8 @@ EMULATED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
   return join<__m512>(_mm256_fmadd_ps(x.lo, y.lo, z.lo), _mm256_fmadd_ps(x.hi, y.hi, z.hi));
 }
 EMULATED __m512 set1_ps(float v) { return join<__m512>(_mm256_set1_ps(v), _mm256_set1_ps(v)); }
+EMULATED __m512 setzero_ps() { return set1_ps(0); }
+EMULATED __m512d set1_pd(double v) { return join<__m512d>(_mm256_set1_pd(v), _mm256_set1_pd(v)); }
 EMULATED __m512i set1_epi32(int v) { return join<__m512i>(_mm256_set1_epi32(v), _mm256_set1_epi32(v)); }
 EMULATED __m512 loadu_ps(const void* p) {
   const float* from = static_cast<const float*>(p);
@@ -70,10 +74,24 @@ EMULATED __m512 castsi512_ps(__m512i a) {
   __builtin_memcpy(&v, &a, sizeof v);
   return v;
 }
+EMULATED __m512 castpd_ps(__m512d a) {
+  __m512 v;
+  __builtin_memcpy(&v, &a, sizeof v);
+  return v;
+}
 EMULATED __m512i castps_si512(__m512 a) {
   __m512i v;
   __builtin_memcpy(&v, &a, sizeof v);
   return v;
+}
+template <int lanes>
+EMULATED __m512 shuffle_ps(__m512 a, __m512 b) {
+  const auto x = split<__m256>(a), y = split<__m256>(b);
+  return join<__m512>(_mm256_shuffle_ps(x.lo, y.lo, lanes), _mm256_shuffle_ps(x.hi, y.hi, lanes));
+}
+EMULATED __m512 movehdup_ps(__m512 a) {  // lanes 1 1 3 3 ...
+  const auto x = split<__m256>(a);
+  return join<__m512>(_mm256_movehdup_ps(x.lo), _mm256_movehdup_ps(x.hi));
 }
 
 // Lane by lane. A masked load or store touches no memory but its lanes'.
@@ -88,6 +106,20 @@ EMULATED void mask_storeu_ps(void* p, __mmask16 mask, __m512 v) {
   storeu_ps(lanes, v);
   for (int i = 0; i < 16; ++i)
     if (mask >> i & 1) static_cast<float*>(p)[i] = lanes[i];
+}
+EMULATED __m512 maskz_expand_ps(__mmask16 mask, __m512 v) {  // the first lanes, to where the bits are set
+  float from[16], to[16] = {};
+  storeu_ps(from, v);
+  for (int i = 0, next = 0; i < 16; ++i)
+    if (mask >> i & 1) to[i] = from[next++];
+  return loadu_ps(to);
+}
+EMULATED __m512 maskz_compress_ps(__mmask16 mask, __m512 v) {  // the lanes whose bits are set, side by side
+  float from[16], to[16] = {};
+  storeu_ps(from, v);
+  for (int i = 0, next = 0; i < 16; ++i)
+    if (mask >> i & 1) to[next++] = from[i];
+  return loadu_ps(to);
 }
 EMULATED __mmask16 cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   float x[16], y[16];
@@ -174,11 +206,13 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 
 #undef _mm512_cmp_ps_mask
 #undef _mm512_cvtps_ph
+#undef _mm512_shuffle_ps
 #define _mm256_mask_storeu_epi16 emulated::mask_storeu_epi16
 #define _mm256_maskz_loadu_epi16 emulated::maskz_loadu_epi16
 #define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_add_ps emulated::add_ps
 #define _mm512_and_si512 emulated::and_si512
+#define _mm512_castpd_ps emulated::castpd_ps
 #define _mm512_castps_si512 emulated::castps_si512
 #define _mm512_castsi512_ps emulated::castsi512_ps
 #define _mm512_cmp_ps_mask emulated::cmp_ps_mask
@@ -192,15 +226,23 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_mask_mov_ps emulated::mask_mov_ps
 #define _mm512_mask_or_epi32 emulated::mask_or_epi32
 #define _mm512_mask_storeu_ps emulated::mask_storeu_ps
+#define _mm512_maskz_compress_ps emulated::maskz_compress_ps
+#define _mm512_maskz_expand_ps emulated::maskz_expand_ps
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_min_ps emulated::min_ps
+#define _mm512_movehdup_ps emulated::movehdup_ps
 #define _mm512_or_si512 emulated::or_si512
 #define _mm512_set1_epi32 emulated::set1_epi32
+#define _mm512_set1_pd emulated::set1_pd
 #define _mm512_set1_ps emulated::set1_ps
+#define _mm512_setzero_ps emulated::setzero_ps
+#define _mm512_shuffle_ps(a, b, lanes) emulated::shuffle_ps<lanes>(a, b)
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_storeu_ps emulated::storeu_ps
 #define _mm512_stream_ps emulated::storeu_ps
 #define _mm512_sub_ps emulated::sub_ps
 #define _mm512_test_epi32_mask emulated::test_epi32_mask
+#define _mm512_unpackhi_ps emulated::unpackhi_ps
+#define _mm512_unpacklo_ps emulated::unpacklo_ps
