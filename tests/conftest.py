@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 # OpenMP's idle threads spin for milliseconds before they sleep: with another process on a core, at the cost of the one
-# thread that has work, and tests of many tiny calls took up to 40 times as long. It is read once, when torch is loaded.
+# thread that has work, and tests of many tiny calls took 30 times as long. It is read once, when torch is loaded.
 # Not for `pytest --benchmark`, which loads this file too and times the threads that users have.
 if "--benchmark" not in sys.argv:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
