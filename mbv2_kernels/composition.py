@@ -15,6 +15,7 @@ classify it. The running code must be what this source compiles to.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import string
@@ -194,17 +195,26 @@ def _definition(function: FunctionType, where: str) -> ast.FunctionDef:
     running = function.__code__
     line = running.co_firstlineno
     try:
-        tree = ast.parse("".join(inspect.findsource(function)[0]))
-        code = next((c for c in _codes(compile(tree, "", "exec")) if c.co_firstlineno == line), None)
+        definition, code = _function_at("".join(inspect.findsource(function)[0]), line)
     except (OSError, TypeError, SyntaxError) as error:
         raise Refused(f"the source of {where} cannot be read: {error}") from error
-    definitions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.lineno == line)
-    definition = next(definitions, None)
     if definition is None or code is None:
         raise Refused(f"the source of {where} cannot be read")
     if (code.co_code, code.co_names, code.co_varnames) != (running.co_code, running.co_names, running.co_varnames):
         raise Refused(f"the source of {where} is not that of the code that runs")
     return definition
+
+
+@functools.lru_cache(maxsize=64)
+def _function_at(source: str, line: int) -> tuple[ast.FunctionDef | None, CodeType | None]:
+    """The syntax tree of the function that starts at a line of a file, and what it compiles to.
+
+    Remembered: every module of a network is asked for, of few classes in long files.
+    """
+    tree = ast.parse(source)
+    code = next((c for c in _codes(compile(tree, "", "exec")) if c.co_firstlineno == line), None)
+    definitions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.lineno == line)
+    return next(definitions, None), code
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import multiprocessing
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
+
+# OpenMP's idle threads spin for milliseconds before they sleep: with another process on a core, at the cost of the one
+# thread that has work, and tests of many tiny calls took 30 times as long. It is read once, when torch is loaded.
+# Not for `pytest --benchmark`, which loads this file too and times the threads that users have.
+if "--benchmark" not in sys.argv:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 
@@ -31,6 +41,19 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def short_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """builtin:mobilenet_v2 has three blocks, one without expand, one with stride 2, one with a residual.
+
+    For tests of what is done with a network. Fewer layers also amplify rounding less: with all 17 blocks down to one
+    pixel, an error may be past a limit that is told by the luck of one unfused run.
+    """
+    from mbv2_kernels import models
+
+    rows = ((1, 16, 1, 1), (6, 24, 2, 2))
+    monkeypatch.setattr(models, "mobilenet_v2", functools.partial(models.mobilenet_v2, inverted_residual_setting=rows))
 
 
 @pytest.fixture(scope="module")

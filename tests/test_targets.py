@@ -36,12 +36,17 @@ def test_verdicts(targets: ModuleType) -> None:
 
 
 def test_16_bits_and_the_cost_of_a_call(
-    targets: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    targets: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     """Speed in 16 bits is told for the worst block, and none whose result is off."""
     todo = targets.single_blocks()
     assert [path for path, *_ in todo] == [f"features.{i}" for i in range(1, 18)]
     monkeypatch.setattr(targets, "single_blocks", lambda: todo[14:16])
+    request.getfixturevalue("short_network")  # whose calls are timed
     file = tmp_path / "targets.json"
     arguments = ["--quick", "--seconds", "0.01", "--only", "storage", "call", "--json", str(file)]
     assert targets.main(arguments) == 0
@@ -57,6 +62,7 @@ def test_16_bits_and_the_cost_of_a_call(
     assert "features.15: fused is off by" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("short_network")
 def test_a_part_and_its_record(targets: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "targets.json"
     assert targets.main(["--quick", "--only", "first-call", "--json", str(file)]) == 0
@@ -68,6 +74,7 @@ def test_a_part_and_its_record(targets: ModuleType, tmp_path: Path, capsys: pyte
     assert {"fused", "ONNX Runtime", "OpenVINO"} <= set(content["peers"])
 
 
+@pytest.mark.usefixtures("short_network")
 def test_a_stopped_sweep_goes_on_where_it_was(
     targets: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,15 +12,19 @@ from torch import nn
 
 import mbv2_kernels as mbv2
 from mbv2_kernels import FusedInvertedResidual, training
+from mbv2_kernels._bench import train_demo
 from mbv2_kernels._bench.timing import CheckFailed
 from mbv2_kernels._bench.train_demo import Run, distance, judge
 from mbv2_kernels._bench.training import EAGER, FUSED, LEAN, check, compare_training, saved_bytes
 from mbv2_kernels.cli import main
 
 
-def test_train_demo_draws_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_demo_draws_and_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("sklearn", reason="train-demo learns scikit-learn's digits")
     pytest.importorskip("matplotlib", reason="train-demo draws with matplotlib")
+    monkeypatch.setattr(train_demo, "BLOCKS", ((1, 16, 1, 1), (6, 24, 2, 2)))
     picture, record = tmp_path / "losses.png", tmp_path / "losses.json"
     options = ["--epochs", "1", "--images", "32", "--batch", "16", "--width", "0.1"]
     assert main(["train-demo", *options, "--picture", str(picture), "--json", str(record)]) == 1
@@ -35,6 +39,7 @@ def test_train_demo_draws_and_reports(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "BAD test accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("short_network")
 def test_bench_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "bench.json"
     options = ["--train", "--only", "network", "--no-compile", "--size", "64", "--seconds", "0.01", "--batch", "2"]
