@@ -377,7 +377,8 @@ static void widen_row(const typename Storage::Element* x, int64_t pixel_stride, 
 // scale is so small that the values stay what they are: neither denormals nor infinities, which cost extra somewhere.
 static float fma_chains(int64_t iterations) {
   V::T acc[kFmaChains];
-  volatile float small = 1e-9f;  // a compiler that knows both factors sees that nothing changes, and leaves the loop out
+  volatile float small =
+      1e-9f;  // a compiler that knows both factors sees that nothing changes, and leaves the loop out
   const V::T scale = V::set(small);
   UNROLL for (int i = 0; i < kFmaChains; ++i) acc[i] = V::set(static_cast<float>(i + 1));
   for (int64_t n = 0; n < iterations; ++n) {
