@@ -51,8 +51,8 @@ struct BlockArgs {
 
 // ---- Packed weights -------------------------------------------------------------------------------------------------
 // One array a block: a header, then sections of the numbers that the tier computes with (fp32, or fp16 for the fp16
-// tier), each aligned to 64 bytes. A "panel" is the width of a register tile
-// in vectors; the last panel of a matrix may be narrower. Channels are padded with zeros to whole vectors.
+// tier), each aligned to 64 bytes. A "panel" is the width of a register tile in vectors; the last panel of a matrix may
+// be narrower. Channels are padded with zeros to whole vectors.
 //
 //   w1  [hidden panels][Cin][panel]        b1 [hidden padded]
 //   wd  [hidden vectors][k*k][vector]      b2 [hidden padded]

@@ -422,9 +422,10 @@ struct Item {
     // The residual's rows may lie apart (a channel slice with gaps): then one row at a time.
     const bool by_row = write && a.residual && a.x_stride_row != a.width * a.x_stride_pixel;
     const int64_t step = by_row ? 1 : end - begin;
-    // The block with the largest image of all, MobileNetV2's first, has one vector of outputs.
-    const bool write_halves = !kDirect && write && first && !a.residual && !bounds(a.final_activation) &&
-                              l.out_pairs == 2 && a.dims.out_channels == V::width;
+    // The only chunk, and nothing but its sums: whole vectors of them go where y wants them.
+    const bool only_sums = write && first && !a.residual && !bounds(a.final_activation);
+    // In 16 bits only of one vector of outputs, as the block with the largest image of all has, MobileNetV2's first.
+    const bool write_halves = !kDirect && only_sums && l.out_pairs == 2 && a.dims.out_channels == V::width;
     for (int64_t v = 0; v < vectors; v += l.out_panel) {
       const Real* w = project_weights(v, hidden);
       const int64_t rest = a.dims.out_channels - v * V::width;
@@ -440,8 +441,7 @@ struct Item {
           fetch = next_panel(v + l.out_panel, hidden, depth);
         const Sums start{first ? bias : kZeros, first ? nullptr : to, l.out_padded};
         if constexpr (kDirect) {
-          if (write && first && !a.residual && !bounds(a.final_activation) && rest >= project_width(v) * V::width) {
-            // The only chunk, and nothing but its sums: whole vectors of them go where y wants them.
+          if (only_sums && rest >= project_width(v) * V::width) {
             Real* to_y = reinterpret_cast<Real*>(y) + row * a.out_width * a.dims.out_channels + v * V::width;
             project_product(left, rows, v, w, KeepSum{{bias, nullptr, a.dims.out_channels}, to_y}, fetch);
             continue;

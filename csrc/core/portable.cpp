@@ -116,35 +116,11 @@ struct V {
 #undef V_INLINE
 };
 
-#include "tile_generic.h"
-
-#include "storage_generic.h"
-
-#include "block_generic.h"
-#include "conv_generic.h"
-#include "linear_generic.h"
-#include "train_generic.h"
-#include "train_window_generic.h"
+#include "fp32_generic.h"
 
 }  // namespace
 
 extern const TierKernels kernels_portable;
-const TierKernels kernels_portable = {V::width,
-                                      V::kMaxPanel,
-                                      V::kPairedPanel,
-                                      scratch_floats,
-                                      work,
-                                      finish,
-                                      conv_scratch_floats,
-                                      conv_work,
-                                      linear_work,
-                                      pool_work,
-                                      train_scratch_floats,
-                                      train_work,
-                                      window_scratch_floats,
-                                      window_work,
-                                      multiply<double>,
-                                      multiply<float>,
-                                      fma_chains};
+const TierKernels kernels_portable = kKernels;
 
 }  // namespace mbv2
