@@ -34,13 +34,25 @@ typedef _Float16 V __attribute__((vector_size(64)));
 typedef float V __attribute__((vector_size(64)));
 #endif
 void f(V* a, V* b) { *a = *a * *b + *b; }
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+void g(__m512bh* y, __m512 a, __m512 b) { *y = _mm512_cvtne2ps_pbh(a, b); }
+#endif
+#ifdef __AMX_BF16__
+void h(const char (*config)[64], void* rows, long stride) {
+  asm volatile("ldtilecfg %0\\n\\ttilezero %%tmm0" : : "m"(*config));
+  asm volatile("tileloadd (%0,%1,1), %%tmm1\\n\\ttileloadd (%0,%1,1), %%tmm2" : : "r"(rows), "r"(stride) : "memory");
+  asm volatile("tdpbf16ps %%tmm2, %%tmm1, %%tmm0" : :);
+  asm volatile("tilestored %%tmm0, (%0,%1,1)\\n\\ttilerelease" : : "r"(rows), "r"(stride) : "memory");
+}
+#endif
 """
 
 
 def tier_features() -> dict[str, list[str]]:
     """Tier name -> the compiler features it is built with, from core/kernels.inc."""
     lines = re.findall(
-        r'^MBV2_(?:FP16_)?TIER\((\w+), "(.*)"\)$', (ROOT / "csrc/core/kernels.inc").read_text(), re.MULTILINE
+        r'^MBV2_(?:BF16_|FP16_)?TIER\((\w+), "(.*)"\)$', (ROOT / "csrc/core/kernels.inc").read_text(), re.MULTILINE
     )
     return {tier: features.split() for tier, features in lines}
 

@@ -2,13 +2,14 @@
 // network in turns, in one process. csrc/TUNING.md has the commands and what they gave.
 //
 //   a version:   for f in CORE/*.cpp: c++ -std=c++17 -O3 -fno-math-errno -fPIC -fvisibility=hidden -DMBV2_HAVE_AVX2
-//                -ICORE (x86_avx2.cpp: with the features that kernels.inc lists; not x86_avx512.cpp), this file with
+//                -ICORE (x86_avx2.cpp: with the features that kernels.inc lists; not x86_avx512*.cpp), this file with
 //                -DVERSION -fopenmp, all with -shared -Wl,-Bsymbolic into NAME.so
 //   to compare:  c++ -std=c++17 -O2 benchmarks/core_ab.cpp -ldl -o core_ab
 //                ./core_ab NETWORK BATCH THREADS SECONDS ./BEFORE.so ./AFTER.so
 //
 // NETWORK: v1 or v2 (MobileNetV1, V2), then, if they are others, size, width and storage: v2,224,1.0,f32. Storage is
-// f32, bf16, f16 or fp16: the last computes in fp16 too, in the tier for that. NAME.so:fp16 is a version with a storage
+// f32, bf16, f16 or fp16: the last computes in fp16 too, in the tier for that; bf16 runs the tier for bf16 images where
+// the version was built with it (-DMBV2_HAVE_AVX512AMX) and the machine has it. NAME.so:fp16 is a version with a storage
 // of its own; to compare two of one version, copy it.
 //
 // A core of a shared machine runs at half its speed while a neighbor is busy on its other hardware thread. So before
@@ -146,6 +147,9 @@ EXPORT int prepare(const char* network, int batch, int threads) {
   storage = std::strcmp(type, "bf16") == 0 ? DType::bf16 : std::strcmp(type, "f32") == 0 ? DType::f32 : DType::f16;
 #ifdef MBV2_HAVE_AVX512FP16
   if (std::strcmp(type, "fp16") == 0) tier = fp16_tier().tier;
+#endif
+#ifdef MBV2_HAVE_AVX512AMX
+  if (storage == DType::bf16) tier = active_bf16_tier();
 #endif
   parallel = {threads > 1 ? shared : serial, threads};
   const int64_t values = int64_t{3} * batch * size * size;

@@ -41,28 +41,22 @@ py::list tiers() {
   return result;
 }
 
-py::dict fp16_tier() { return tier_row(mbv2::fp16_tier()); }
-
-const char* active_tier() {
-  const mbv2::Tier active = mbv2::active_tier();
-  for (const mbv2::TierStatus& status : mbv2::tiers())
-    if (status.tier == active) return status.name;
-  throw std::logic_error("the active tier is not in the list of tiers");
+py::list all_tiers() {
+  py::list result;
+  for (const mbv2::TierStatus* status : mbv2::all_tiers()) result.append(tier_row(*status));
+  return result;
 }
 
 py::dict counters() {
   py::dict result;
-  for (const mbv2::TierStatus& status : mbv2::tiers()) result[status.name] = mbv2::call_count(status.tier);
-  result[mbv2::fp16_tier().name] = mbv2::call_count(mbv2::fp16_tier().tier);
+  for (const mbv2::TierStatus* status : mbv2::all_tiers()) result[status->name] = mbv2::call_count(status->tier);
   return result;
 }
 
-double fma_peak(const std::string& tier, double seconds) {
-  const mbv2::TierStatus& fp16 = mbv2::fp16_tier();
-  const mbv2::TierStatus& status = tier == fp16.name ? fp16 : mbv2::find_tier(tier);
-  if (!status.runnable) throw std::invalid_argument("tier '" + tier + "' cannot run here: " + status.reason);
+double fma_peak(const std::string& name, double seconds) {
+  const mbv2::Tier tier = mbv2::runnable_tier(name).tier;
   const py::gil_scoped_release release;
-  return mbv2::fma_peak(status.tier, seconds);
+  return mbv2::fma_peak(tier, seconds);
 }
 
 void cap_from_environment() {
@@ -82,11 +76,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "Features the CPU has and the operating system lets programs use.");
   m.def("tiers", &tiers,
         "Every tier that computes in fp32, fastest first: name, compiled, runnable, reason (why not), features.");
-  m.def("fp16_tier", &fp16_tier, "The tier that computes in fp16, as a row of tiers().");
-  m.def("active_tier", &active_tier, "The tier that runs now.");
-  m.def("max_isa", &mbv2::max_isa, "The cap on the tier, or None. It begins as MBV2_MAX_ISA.");
+  m.def("bf16_tier", [] { return tier_row(mbv2::bf16_tier()); }, "The tier that multiplies bf16, as a row of tiers().");
+  m.def(
+      "fp16_tier", [] { return tier_row(mbv2::fp16_tier()); }, "The tier that computes in fp16, as a row of tiers().");
+  m.def("all_tiers", &all_tiers, "tiers(), bf16_tier() and fp16_tier().");
+  m.def("active_tier", [] { return mbv2::status_of(mbv2::active_tier()).name; }, "The fp32 tier that runs now.");
+  m.def(
+      "active_bf16_tier", [] { return mbv2::status_of(mbv2::active_bf16_tier()).name; },
+      "The tier that runs now for bfloat16 images in inference: bf16_tier() if it can and no fp32 tier is the cap.");
+  m.def("max_isa", &mbv2::max_isa, "The cap on the tiers, or None. It begins as MBV2_MAX_ISA.");
   m.def("set_max_isa", &mbv2::set_max_isa, py::arg("name").none(true),
-        "Caps the tier; None lifts the cap. ValueError on unknown names.");
+        "Caps the tiers; None lifts the cap. bf16_tier() is above all of tiers(). ValueError on unknown names.");
   m.def("counters", &counters, "Calls of the fused block by tier since the last reset.");
   m.def("reset_counters", &mbv2::reset_call_counts);
   m.def("kept_bytes", &mbv2::kept_bytes, "Bytes of working memory that this thread keeps between calls.");
@@ -97,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
         return py::make_tuple(memory.mapped, memory.used);
       },
       "Bytes of address space behind packed weights and working memory, and bytes of it in use; of all threads.");
-  m.def("fma_peak", &fma_peak, py::arg("tier"), py::arg("seconds") = 0.1,
+  m.def("fma_peak", &fma_peak, py::arg("name"), py::arg("seconds") = 0.1,
         "GFLOP/s of one thread that does nothing but the tier's fused multiply-adds.");
   py::class_<mbv2::Watch>(m, "Watch", "What modules and their tensors looked like, and whether they still do.")
       .def(py::init<const py::iterable&>(), py::arg("modules"),

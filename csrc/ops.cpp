@@ -128,12 +128,14 @@ Tensor packed_array(int64_t floats) {
                                   release);
 }
 
-// The tier to pack for.
-Tier tier_for(bool fp16_accumulation) {
-  if (!fp16_accumulation) return mbv2::active_tier();
-  const mbv2::TierStatus& status = mbv2::fp16_tier();
-  check(status.runnable, "fp16 accumulation needs tier ", status.name, ", which cannot run here: ", status.reason);
-  return status.tier;
+// The tier to pack for: the one called `name`, or the fp32 tier that runs now.
+Tier tier_for(const std::optional<std::string>& name) {
+  if (!name) return mbv2::active_tier();
+  try {
+    return mbv2::runnable_tier(*name).tier;
+  } catch (const std::invalid_argument& error) {
+    throw std::runtime_error(std::string("mbv2: ") + error.what());  // as `check` does
+  }
 }
 
 void check_fits(bool fits) {
@@ -147,10 +149,12 @@ Tensor packed_from(const Weights& weights, Tier tier) {
   return packed;
 }
 
-// What was packed for fp16 accumulation reads and writes fp16 and nothing else.
+// The tiers for 16-bit images read and write those and nothing else.
 void check_stored_as_packed(Tier tier, ScalarType type) {
-  check(tier != mbv2::fp16_tier().tier || type == ScalarType::Half,
-        "packed was made for fp16 accumulation: x must be float16");
+  const mbv2::TierStatus &bf16 = mbv2::bf16_tier(), &fp16 = mbv2::fp16_tier();
+  check(tier != bf16.tier || type == ScalarType::BFloat16, "packed was made for tier ", bf16.name,
+        ": x must be bfloat16");
+  check(tier != fp16.tier || type == ScalarType::Half, "packed was made for tier ", fp16.name, ": x must be float16");
 }
 
 bool is_packed_array(const Tensor& packed) {
@@ -268,9 +272,9 @@ Tensor run(const Tensor& x_given, const Tensor& packed, const BlockDims& dims, i
 
 Tensor pack_inverted_residual(OptionalTensor w_expand, OptionalTensor b_expand, Tensor w_depthwise,
                               OptionalTensor b_depthwise, Tensor w_project, OptionalTensor b_project,
-                              bool fp16_accumulation) {
+                              std::optional<std::string> tier) {
   return packed_from(checked_weights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project),
-                     tier_for(fp16_accumulation));
+                     tier_for(tier));
 }
 
 // Takes what fakes need to know without reading `packed`; packed_tier() compares it with the array's header.
@@ -289,8 +293,9 @@ Tensor inverted_residual(Tensor x, OptionalTensor w_expand, OptionalTensor b_exp
                          int64_t padding, int64_t dilation, std::string activation, std::string final_activation,
                          bool residual) {
   const Weights weights = checked_weights(w_expand, b_expand, w_depthwise, b_depthwise, w_project, b_project);
-  return run(x, packed_from(weights, mbv2::active_tier()), weights.dims, stride, padding, dilation, activation,
-             final_activation, residual);
+  const Tier tier = x.scalar_type() == ScalarType::BFloat16 ? mbv2::active_bf16_tier() : mbv2::active_tier();
+  return run(x, packed_from(weights, tier), weights.dims, stride, padding, dilation, activation, final_activation,
+             residual);
 }
 
 // ---- Dense convolutions around the blocks ---------------------------------------------------------------------------
@@ -308,9 +313,9 @@ ConvDims checked_conv(const Tensor& weight, const OptionalTensor& bias) {
   return {in, out, static_cast<int>(kernel)};
 }
 
-Tensor pack_conv(Tensor weight, OptionalTensor bias, bool fp16_accumulation) {
+Tensor pack_conv(Tensor weight, OptionalTensor bias, std::optional<std::string> tier_name) {
   const ConvDims dims = checked_conv(weight, bias);
-  const Tier tier = tier_for(fp16_accumulation);
+  const Tier tier = tier_for(tier_name);
   const Tensor w = plain(weight);
   const OptionalTensor b = bias ? OptionalTensor(plain(*bias)) : std::nullopt;
   Tensor packed = packed_array(mbv2::conv_layout(dims, tier).size);
@@ -355,8 +360,9 @@ Tensor conv_act_packed(Tensor x, Tensor packed, int64_t out_channels, int64_t ke
       x.scalar_type());
 }
 
+// In the fp32 tier, whatever x: a phase of training steps, too.
 Tensor conv_act(Tensor x, Tensor weight, OptionalTensor bias, int64_t stride, int64_t padding, std::string activation) {
-  const Tensor packed = pack_conv(weight, bias, false);
+  const Tensor packed = pack_conv(weight, bias, std::nullopt);
   return conv_act_packed(x, packed, weight.size(0), weight.size(2), stride, padding, activation);
 }
 
@@ -618,13 +624,13 @@ STABLE_TORCH_LIBRARY(mbv2, m) {
       "str final_activation, bool residual) -> Tensor");
   m.def(
       "pack_inverted_residual(Tensor? w_expand, Tensor? b_expand, Tensor w_depthwise, Tensor? b_depthwise, "
-      "Tensor w_project, Tensor? b_project, bool fp16_accumulation=False) -> Tensor");
+      "Tensor w_project, Tensor? b_project, str? tier=None) -> Tensor");
   m.def(
       "inverted_residual_packed(Tensor x, Tensor packed, int hidden_channels, int out_channels, int kernel_size, "
       "bool expand, int stride, int padding, int dilation, str activation, str final_activation, bool residual) "
       "-> Tensor");
   m.def("conv_act(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, str activation) -> Tensor");
-  m.def("pack_conv(Tensor weight, Tensor? bias, bool fp16_accumulation=False) -> Tensor");
+  m.def("pack_conv(Tensor weight, Tensor? bias, str? tier=None) -> Tensor");
   m.def(
       "conv_act_packed(Tensor x, Tensor packed, int out_channels, int kernel_size, int stride, int padding, "
       "str activation) -> Tensor");

@@ -21,18 +21,19 @@ class Shortcut {
   //     its number of images
   // questions: (function, arguments) each, whose answer has to be false
   // variables: (dict, name, value) each: the very value has to be there
-  // watch: a Watch that has to be unchanged; the tier that runs now has to run still
+  // watch: a Watch that has to be unchanged; the tier that runs now for images of that dtype has to run still
   Shortcut(py::object op, const py::iterable& arguments, const py::object& images, const py::iterable& questions,
            const py::iterable& variables, py::object watch)
       : op_(std::move(op)),
         type_(py::type::of(images)),
         api_(dlpack_api(type_)),
         watch_object_(std::move(watch)),
-        watch_(py::cast<Watch&>(watch_object_)),
-        tier_(active_tier()) {
+        watch_(py::cast<Watch&>(watch_object_)) {
     DlpackTensor like;
     if (api_->look(images.ptr(), &like) != 0) throw py::error_already_set();
     tensor_type_ = type_of(like);
+    active_tier_ = like.code == kDlpackBfloat ? active_bf16_tier : active_tier;
+    tier_ = active_tier_();
     dims_ = like.dims;
     most_images_ = like.shape[0];
     channels_ = like.shape[1];
@@ -76,7 +77,7 @@ class Shortcut {
   }
 
   bool quiet() const {
-    if (active_tier() != tier_) return false;
+    if (active_tier_() != tier_) return false;
     for (const Variable& variable : variables_)
       if (find(variable.space.ptr(), variable.name) != variable.value.ptr()) return false;
     for (const auto& [function, arguments] : questions_) {
@@ -93,7 +94,8 @@ class Shortcut {
   const DlpackApi* api_;
   const py::object watch_object_;
   Watch& watch_;
-  const Tier tier_;
+  Tier (*active_tier_)();
+  Tier tier_;
   uint64_t tensor_type_;
   int32_t dims_;
   int64_t most_images_, channels_;

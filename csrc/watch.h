@@ -47,6 +47,8 @@ struct DlpackTensor {
   int64_t *shape, *strides;
   uint64_t byte_offset;
 };
+constexpr uint8_t kDlpackBfloat = 4;  // `code` of bfloat16
+
 inline uint64_t type_of(const DlpackTensor& tensor) {  // device type and dtype
   return static_cast<uint64_t>(static_cast<uint32_t>(tensor.device[0])) << 32 | tensor.code << 24 | tensor.bits << 16 |
          tensor.lanes;

@@ -163,7 +163,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("mbv2::pack_conv", lib=_LIBRARY)
-def _(weight: Tensor, bias: Tensor | None, fp16_accumulation: bool = False) -> Tensor:
+def _(weight: Tensor, bias: Tensor | None, tier: str | None = None) -> Tensor:
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
 
 
@@ -280,8 +280,8 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 def _autocast(op: Callable[..., Tensor], device_type: str, convolutions: Sequence[int]) -> Callable[..., Tensor]:
     """`op` under autocast's rule for convolutions: x in autocast's dtype, and the result in that.
 
-    `convolutions`: which arguments after x are convolution weights and biases. Those in float32 stay: the kernels round
-    nothing that they need not, so weights come from the float32 masters. float64 is left alone, as autocast does.
+    `convolutions`: which arguments after x are convolution weights and biases. Those in float32 stay: whatever a kernel
+    rounds, it rounds from the float32 masters. float64 is left alone, as autocast does.
     A residual is added to the x that came: float32 + bfloat16 is float32, as in the unfused block.
     """
 

@@ -1,7 +1,7 @@
 """Which backend runs a block, and running it: the one place that knows all of them.
 
-    "cpu"        CPU tensors, float32, bfloat16, float16: the C++ kernels on weights packed for the active tier, or for
-                 the fp16 tier if that is allowed (`set_fp16_accumulation`) and the tensors are float16
+    "cpu"        CPU tensors, float32, bfloat16, float16: the C++ kernels on weights packed for the tier that runs such
+                 tensors now (`tier_of`)
     "triton"     CUDA tensors (CPU tensors under TRITON_INTERPRET=1), the same dtypes: one Triton launch. "auto" uses
                  it only on GPUs of an architecture on which it was checked (triton/configs.py: CHECKED)
     "reference"  anything else, in plain PyTorch operations; also on request
@@ -16,6 +16,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,7 +29,10 @@ from .triton import configs
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
 
-#: What the kernels store; all of them accumulate in float32, unless `set_fp16_accumulation` was called.
+#: What the kernels take and give. They compute in float32 in between, with two exceptions, both in inference on CPUs:
+#: with `set_fp16_accumulation(True)` float16 is computed in float16; and with AMX the factors of bfloat16's 1x1
+#: convolutions are bfloat16 and their sums float32: weights, BatchNorm folded into them, are rounded, and so is what
+#: expand and depthwise give, as it is between unfused layers.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _PACK = torch.ops.mbv2.pack_inverted_residual.default
@@ -146,12 +150,30 @@ def get_fp16_accumulation() -> bool:
 
 def fp16_accumulation_missing() -> str | None:
     """Why float16 tensors cannot be added up in float16 here, or None."""
-    tier, cap = _C.fp16_tier(), _C.max_isa()
+    return _missing(_C.fp16_tier(), (None, _C.bf16_tier()["name"], _C.tiers()[0]["name"]))
+
+
+def bf16_tier_missing() -> str | None:
+    """Why the tier for bfloat16 does not run bfloat16 tensors in inference here, or None."""
+    return _missing(_C.bf16_tier(), (None, _C.bf16_tier()["name"]))
+
+
+def _missing(tier: _C.Tier, caps: Sequence[str | None]) -> str | None:
+    """Why `tier` cannot run under a cap that is none of `caps`, or None."""
     if not tier["runnable"]:
         return f"tier {tier['name']}: {tier['reason']}"
-    if cap not in (None, _C.tiers()[0]["name"]):
+    if (cap := _C.max_isa()) not in caps:
         return f"tier {tier['name']}: the tiers are held to {cap} at most (MBV2_MAX_ISA)"
     return None
+
+
+def tier_of(dtype: torch.dtype) -> str:
+    """The tier whose kernels run CPU images of `dtype` now, in inference."""
+    if dtype is torch.bfloat16:
+        return _C.active_bf16_tier()
+    if dtype is torch.float16 and _fp16_accumulation:
+        return _FP16_TIER
+    return _C.active_tier()
 
 
 def run_block(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig) -> Tensor:
@@ -196,16 +218,14 @@ def run_layer(x: Tensor, layer: Layer, eps: float, config: LayerConfig) -> Tenso
 def packed_block(tensors: BlockTensors, eps: Eps, dtype: torch.dtype) -> tuple[Any, ...]:
     """The packed weights that `run_block` would use now for x of `dtype` on the CPU, with the numbers the op takes
     beside them."""
-    if _fp16_accumulation and dtype is torch.float16:
-        return memo.get(tensors, eps, _FP16_RUN, _pack_fp16)
-    return memo.get(tensors, eps, _cpu_run(_C.active_tier()), _pack)
+    tier = _TIERS[tier_of(dtype)]
+    return memo.get(tensors, eps, tier.run, tier.pack)
 
 
 def packed_layer(layer: Layer, eps: float, dtype: torch.dtype) -> tuple[Any, ...]:
     """The same for `run_layer`."""
-    if _fp16_accumulation and dtype is torch.float16:
-        return memo.get(layer, eps, _FP16_RUN, _pack_layer_fp16)
-    return memo.get(layer, eps, _cpu_run(_C.active_tier()), _pack_layer)
+    tier = _TIERS[tier_of(dtype)]
+    return memo.get(layer, eps, tier.run, tier.pack_layer)
 
 
 def train_phases(x: Tensor, tensors: BlockTensors) -> Any:
@@ -239,7 +259,7 @@ def training_refused(x: Tensor) -> str | None:
 def _select_phases(x: Tensor) -> tuple[Any, Run]:
     if x.dtype in KERNEL_DTYPES:
         if x.is_cpu and (_backend == "auto" or _backend == "cpu"):
-            return _PHASE_OPS, _cpu_run(_C.active_tier())
+            return _PHASE_OPS, _TIERS[_C.active_tier()].run
         if _backend == "cpu":
             raise RuntimeError(f'set_backend("cpu") is in force, but x is on {x.device}')
         if _backend == "triton":
@@ -296,32 +316,27 @@ def dense(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return tensor if tensor.stride() == y.stride() else y.copy_(tensor)
 
 
-@functools.cache
-def _cpu_run(tier: str) -> Run:
-    return Run("cpu", tier)
+class _Tier:
+    """A tier of the CPU kernels: `run` names it to the memo, the others pack folded weights for it."""
+
+    def __init__(self, name: str) -> None:
+        self.run = Run("cpu", name)
+        self._name = name
+
+    def pack(self, folded: FoldedWeights) -> tuple[Tensor, int, int, int, bool]:
+        """The packed weights, and what the op takes beside them: hidden and output channels, kernel size, expand."""
+        hidden_channels, _, _, kernel_size = folded.w_depthwise.shape
+        out_channels = folded.w_project.shape[0]
+        return _PACK(*folded, self._name), hidden_channels, out_channels, kernel_size, folded.w_expand is not None
+
+    def pack_layer(self, folded: tuple[Tensor, Tensor | None]) -> tuple[Tensor, int, int]:
+        """The packed weights, output channels, kernel size."""
+        out_channels, _, _, kernel_size = folded[0].shape
+        return _PACK_LAYER(*folded, self._name), out_channels, kernel_size
 
 
-def _pack(folded: FoldedWeights, fp16_accumulation: bool = False) -> tuple[Tensor, int, int, int, bool]:
-    """The packed weights, and what the op takes beside them: hidden and output channels, kernel size, expand."""
-    hidden_channels, _, _, kernel_size = folded.w_depthwise.shape
-    return (
-        _PACK(*folded, fp16_accumulation),
-        hidden_channels,
-        folded.w_project.shape[0],
-        kernel_size,
-        folded.w_expand is not None,
-    )
-
-
-def _pack_layer(folded: tuple[Tensor, Tensor | None], fp16_accumulation: bool = False) -> tuple[Tensor, int, int]:
-    """The packed weights, output channels, kernel size."""
-    out_channels, _, _, kernel_size = folded[0].shape
-    return _PACK_LAYER(*folded, fp16_accumulation), out_channels, kernel_size
-
-
-_FP16_RUN = Run("cpu", _C.fp16_tier()["name"])
-_pack_fp16 = functools.partial(_pack, fp16_accumulation=True)
-_pack_layer_fp16 = functools.partial(_pack_layer, fp16_accumulation=True)
+_TIERS = {tier["name"]: _Tier(tier["name"]) for tier in _C.all_tiers()}
+_FP16_TIER = _C.fp16_tier()["name"]
 
 
 def _check_weights(x: Tensor, weight: Tensor) -> None:

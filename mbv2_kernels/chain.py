@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import _C
-from .backends import get_fp16_accumulation
+from .backends import tier_of
 from .composition import METHOD
 from .fold import memo
 from .fused_forward import FusedForward, FusedPair
@@ -164,8 +164,7 @@ class Plan:
     def __init__(self, chain: FusedChain, dtype: torch.dtype, watched: Plan | None = None) -> None:
         self.dtype = dtype
         self.complete = True
-        self._tier = _C.active_tier()
-        self._fp16_accumulation = get_fp16_accumulation()
+        self._tier = tier_of(dtype)
         self._epoch = memo.epoch
         self._watch: _C.Watch | None = None
         if watched is not None:
@@ -212,8 +211,7 @@ class Plan:
         return (
             self.dtype is dtype
             and self._epoch is memo.epoch
-            and self._tier == _C.active_tier()
-            and self._fp16_accumulation is get_fp16_accumulation()
+            and self._tier == tier_of(dtype)
             and self._watch.unchanged()
         )
 

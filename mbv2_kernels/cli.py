@@ -196,8 +196,7 @@ def info(arguments: argparse.Namespace) -> int:
 
     found = status(import_triton=True)
     header = machine(torch.get_num_threads())
-    tiers = [*_C.tiers(), _C.fp16_tier()]
-    peaks = {t["name"]: round(_C.fma_peak(t["name"], 0.1), 1) for t in tiers if t["runnable"]}
+    peaks = {t["name"]: round(_C.fma_peak(t["name"], 0.1), 1) for t in _C.all_tiers() if t["runnable"]}
     print(describe(header))
     print(f"CPU features: {' '.join(header['features'])}")
     print("measured FMA peak of one thread: " + ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in peaks.items()))

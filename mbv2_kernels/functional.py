@@ -66,10 +66,12 @@ def inverted_residual(
         residual: add x; needs Cout = Cin and an output of x's size.
 
     Returns:
-        [N, Cout, Ho, Wo] in x's dtype with channels_last strides, accumulated in float32. Differentiable once in every
-        tensor; nothing but x and the weights is kept for backward. An activation lets no gradient through at its edges
-        (0 and 6) and beyond, and lets it through at a NaN. Without gradients the packed weights are kept until a weight
-        changes.
+        [N, Cout, Ho, Wo] in x's dtype with channels_last strides. Differentiable once in every tensor; nothing but x
+        and the weights is kept for backward. An activation lets no gradient through at its edges (0 and 6) and beyond,
+        and lets it through at a NaN. Without gradients the packed weights are kept until a weight changes.
+
+        Computed in float32, whatever x's dtype, but for the forward on CPUs in float16 with `set_fp16_accumulation` and
+        in bfloat16 with AMX, where sums are float32 and the 1x1 convolutions' factors are rounded to bfloat16.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

@@ -122,7 +122,7 @@ class FusedForward:
             yield Look(self.block, settings=evaluating)
 
     def step_looks(self) -> Iterator[Look]:
-        """All that `step` depends on, apart from dtype, tier, fp16 accumulation and the memo."""
+        """All that `step` depends on, apart from dtype, its tier and the memo."""
         yield from self._looks()
         for layer in self.layers:
             if layer is None:

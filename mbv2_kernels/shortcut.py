@@ -95,9 +95,10 @@ def shortcut(
     and most_images: which x it is for. `is_quiet` has to have said yes.
     """
     images = torch.empty_strided((most_images, channels, 0, 0), (0, 0, 0, 0), dtype=dtype, device="cpu")
-    variables = (
+    variables: list[tuple[dict[str, Any], str, Any]] = [
         (vars(memo), "epoch", epoch),
         (vars(forward_ad), "_current_level", forward_ad._current_level),
-        (vars(backends), "_fp16_accumulation", backends._fp16_accumulation),
-    )
+    ]
+    if dtype is torch.float16:  # `backends.tier_of`; the rest of it is in csrc/shortcut.h
+        variables.append((vars(backends), "_fp16_accumulation", backends._fp16_accumulation))
     return _C.Shortcut(op, arguments, images, _QUESTIONS, variables, watch)

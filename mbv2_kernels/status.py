@@ -14,8 +14,8 @@ import torch
 
 @dataclass(frozen=True)
 class TierStatus:
-    """One instruction-set tier of the CPU backend. `active`: the one that runs now; besides, the one that computes in
-    float16 if `set_fp16_accumulation` is on."""
+    """One instruction-set tier of the CPU backend. `active`: the one that runs now; besides, the one that multiplies
+    bfloat16 where it runs bfloat16 inference, and the one that computes in float16 if `set_fp16_accumulation` is on."""
 
     name: str
     compiled: bool
@@ -26,8 +26,8 @@ class TierStatus:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One backend; `reason` says why it is not available, or what it will run on. `tiers` is fastest
-    first, behind them the one that computes in float16."""
+    """One backend; `reason` says why it is not available, or what it will run on. `tiers` is fastest first, behind
+    them those for 16-bit inference: the one that multiplies bfloat16 and the one that computes in float16."""
 
     name: str
     available: bool
@@ -56,7 +56,7 @@ class Status:
 
 def _cpu() -> BackendStatus:
     from . import _C
-    from .backends import fp16_accumulation_missing, get_fp16_accumulation
+    from .backends import bf16_tier_missing, fp16_accumulation_missing, get_fp16_accumulation
     from .shortcut import UNPLANNED
 
     active = _C.active_tier()
@@ -70,16 +70,29 @@ def _cpu() -> BackendStatus:
         )
         for tier in _C.tiers()
     )
-    fp16, missing = _C.fp16_tier(), fp16_accumulation_missing()
     on = get_fp16_accumulation()
-    tiers += (
+    tiers += tuple(
         TierStatus(
-            name=fp16["name"],
-            compiled=fp16["compiled"],
+            name=tier["name"],
+            compiled=tier["compiled"],
             runnable=missing is None,
-            active=on,
-            reason=missing or f"for float16 inference, {'on' if on else 'off'} (set_fp16_accumulation)",
-        ),
+            active=active,
+            reason=missing or purpose,
+        )
+        for tier, missing, active, purpose in (
+            (
+                _C.bf16_tier(),
+                bf16_tier_missing(),
+                _C.active_bf16_tier() == _C.bf16_tier()["name"],
+                "for bfloat16 inference",
+            ),
+            (
+                _C.fp16_tier(),
+                fp16_accumulation_missing(),
+                on,
+                f"for float16 inference, {'on' if on else 'off'} (set_fp16_accumulation)",
+            ),
+        )
     )
     cap = _C.max_isa()
     return BackendStatus(

@@ -1,12 +1,14 @@
-"""The AVX-512 tier's arithmetic on a CPU that lacks AVX-512: its file, compiled against emulated intrinsics.
+"""The arithmetic of the tiers for AVX-512 and AMX on a CPU that lacks them: their files, compiled against emulated
+intrinsics.
 
-Without this, a change made on a lesser machine could break the fastest tier unseen. Where the CPU has AVX-512 the
-other tests run the real thing.
+Without this, a change made on a lesser machine could break the fastest tiers unseen. Where the CPU has what a tier
+needs, the other tests run the real thing.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shlex
 import shutil
@@ -18,8 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 from blocks import BOUNDS, DTYPES, PAIRED, PAIRED_HIDDEN, PAIRED_OUT, PATCHES, make_weights, relative_error
+from test_bf16_numerics import CHANNELS, Config, short_block
 from test_train_ops import LAYER_CASES, Case, arguments, layer_mistakes, layer_phases, mistakes, phases, results
 from torch import Tensor
+from torch.nn import functional as F
 
 from mbv2_kernels import _C, backends, reference, training_reference
 
@@ -27,35 +31,53 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "csrc/core"
 EMULATION = ROOT / "tests/emulated_avx512"
 COMPILER = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
-TIERS = {tier["name"]: tier for tier in _C.tiers()}
+TIERS = {tier["name"]: tier for tier in _C.all_tiers()}
+#: The tiers that are emulated, and which dtypes they are for.
+EMULATED = {"avx512": DTYPES, "avx512amx": (torch.bfloat16,)}
 CLAMPS = ("none", "relu", "relu6")  # in the order of driver.cpp
 
 pytestmark = [
     pytest.mark.skipif(not TIERS["avx2"]["runnable"], reason="the emulation is made of AVX2"),
-    pytest.mark.skipif(TIERS["avx512"]["runnable"], reason="the other tests run the tier itself"),
     pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"no C++ compiler ({COMPILER[0]})"),
 ]
 
 Run = Callable[..., Tensor]
 
 
+def lacking(tier: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(TIERS[tier]["runnable"], reason=f"the other tests run the tier {tier} itself")
+
+
+each_tier = pytest.mark.parametrize(
+    ("tier", "dtype"),
+    [
+        pytest.param(tier, dtype, marks=lacking(tier), id=f"{tier}-{dtype}")
+        for tier, dtypes in EMULATED.items()
+        for dtype in dtypes
+    ],
+)
+each_dtype = pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=lacking("avx512")) for dtype in DTYPES])
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The core with the emulated tier, and the C entries of driver.cpp."""
+    """The core with the emulated tiers, and the C entries of driver.cpp."""
     folder = tmp_path_factory.mktemp("emulated")
+    tiers = [tier for tier in EMULATED if not TIERS[tier]["runnable"]]
+    files = [f"x86_{tier}" for tier in tiers]
     # Not optimised: that would take a minute to compile.
-    flags = ["-std=c++17", "-O0", "-fPIC", "-DMBV2_HAVE_AVX512", "-I", str(CORE)]
+    flags = ["-std=c++17", "-O0", "-fPIC", *(f"-DMBV2_HAVE_{tier.upper()}" for tier in tiers), "-I", str(CORE)]
     emulated = ["-mavx2", "-mfma", "-mf16c", "-Wno-psabi", "-isystem", str(EMULATION)]
 
     def compiled(source: Path) -> str:
         target = folder / f"{source.stem}.o"
-        own = emulated if source.stem == "x86_avx512" else []
+        own = emulated if source.stem in (*files, "driver") else []
         subprocess.run([*COMPILER, *flags, *own, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
-    sources = [path for path in CORE.glob("*.cpp") if path.stem not in ("x86_avx2", "x86_avx512fp16")]
+    sources = [path for path in CORE.glob("*.cpp") if not path.stem.startswith("x86") or path.stem in files]
     with ThreadPoolExecutor(2) as pool:  # the longest first
-        by_size = sorted(sources, key=lambda path: path.stem != "x86_avx512")
+        by_size = sorted(sources, key=lambda path: path.stem not in files)
         objects = list(pool.map(compiled, [*by_size, EMULATION / "driver.cpp"]))
     subprocess.run([*COMPILER, "-shared", *objects, "-o", str(folder / "emulated.so")], check=True)
     return ctypes.CDLL(str(folder / "emulated.so"))
@@ -63,9 +85,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def run(library: ctypes.CDLL) -> Run:
-    """`run(x, weights, stride=, ...)`: the block by the emulated tier."""
+    """`run(tier, x, weights, stride=, ...)`: the block by an emulated tier."""
 
     def block(
+        tier: str,
         x: Tensor,
         weights: list[Tensor | None],
         *,
@@ -88,6 +111,7 @@ def run(library: ctypes.CDLL) -> Run:
         sizes = (in_channels, len(depthwise), len(project), kernel, batch, height, width, stride, dilation, padding)
         numbers = (*sizes, int(residual), DTYPES.index(x.dtype), *out, CLAMPS.index(final_activation))
         library.run(
+            tier.encode(),
             (ctypes.c_int64 * len(numbers))(*numbers),
             (ctypes.c_void_p * 6)(*(None if w is None else w.data_ptr() for w in weights)),
             ctypes.c_void_p(x.data_ptr()),
@@ -104,7 +128,7 @@ def expected(x: Tensor, weights: list[Tensor | None], *, threads: int = 1, **con
     return reference.inverted_residual(x.double(), *doubles, **config)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_tier
 @pytest.mark.parametrize(
     ("channels", "size", "kernel", "config"),
     [
@@ -133,65 +157,108 @@ def test_emulated_tier(
     size: tuple[int, int],
     kernel: int,
     config: dict[str, int],
+    tier: str,
     dtype: torch.dtype,
 ) -> None:
     x = torch.randn(2, channels[0], *size).to(dtype)
     if config.get("threads") == 2:
         x = x[:1]
     weights = make_weights(*channels, kernel)
-    error = relative_error(run(x, weights, **config), expected(x, weights, **config))
+    error = relative_error(run(tier, x, weights, **config), expected(x, weights, **config))
     assert error < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_tier
 @pytest.mark.parametrize("channels", [16, 19])
-def test_without_expand(run: Run, channels: int, dtype: torch.dtype) -> None:
+def test_without_expand(run: Run, channels: int, tier: str, dtype: torch.dtype) -> None:
     x = torch.randn(2, channels, 7, 6).to(dtype)
     weights = make_weights(channels, channels, 24, expand=False)
-    assert relative_error(run(x, weights), expected(x, weights)) < BOUNDS[dtype]
+    assert relative_error(run(tier, x, weights), expected(x, weights)) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_tier
 @pytest.mark.parametrize("out_channels", PAIRED_OUT)
-def test_few_output_channels(run: Run, out_channels: int, dtype: torch.dtype) -> None:
+def test_few_output_channels(run: Run, out_channels: int, tier: str, dtype: torch.dtype) -> None:
     for hidden in PAIRED_HIDDEN:
         x, weights = torch.randn(1, 5, 6, 5).to(dtype), make_weights(5, hidden, out_channels)
-        assert relative_error(run(x, weights), expected(x, weights)) < BOUNDS[dtype], hidden
+        assert relative_error(run(tier, x, weights), expected(x, weights)) < BOUNDS[dtype], hidden
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_tier
 @pytest.mark.parametrize("name", PAIRED)
-def test_where_sums_of_few_output_channels_go(run: Run, name: str, dtype: torch.dtype) -> None:
+def test_where_sums_of_few_output_channels_go(run: Run, name: str, tier: str, dtype: torch.dtype) -> None:
     channels, size, options = PAIRED[name]
     x, weights = torch.randn(1, channels[0], *size).to(dtype), make_weights(*channels)
-    assert relative_error(run(x, weights, **options), expected(x, weights, **options)) < BOUNDS[dtype]
+    assert relative_error(run(tier, x, weights, **options), expected(x, weights, **options)) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", PATCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_patches(run: Run, dtype: torch.dtype, kernel: int, stride: int) -> None:
+@each_tier
+def test_patches(run: Run, tier: str, dtype: torch.dtype, kernel: int, stride: int) -> None:
     weights = make_weights(16, 16, 8, kernel, expand=False)
     for height, width in PATCHES[kernel]:
         x = torch.randn(1, 16, (height - 1) * stride + 1, (width - 1) * stride + 1).to(dtype)
         config = {"stride": stride, "padding": kernel // 2}
-        assert relative_error(run(x, weights, **config), expected(x, weights, **config)) < BOUNDS[dtype], (
+        assert relative_error(run(tier, x, weights, **config), expected(x, weights, **config)) < BOUNDS[dtype], (
             height,
             width,
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_special_values(run: Run, dtype: torch.dtype) -> None:
+@each_tier
+def test_special_values(run: Run, tier: str, dtype: torch.dtype) -> None:
     """NaN passes the clamps and both roundings; infinities are clamped."""
     x = torch.randn(1, 8, 9, 9)
     x[0, 3, 1, 1] = torch.nan
     x[0, 5, 7, 7] = torch.inf
     x = x.to(dtype)
     weights = make_weights(8, 24, 17)
-    y, wanted = run(x, weights), expected(x, weights)
+    y, wanted = run(tier, x, weights), expected(x, weights)
     assert torch.equal(y.isnan(), wanted.isnan())
     assert relative_error(y[~y.isnan()], wanted[~wanted.isnan()]) < BOUNDS[dtype]
+
+
+@each_tier
+def test_convolutions(library: ctypes.CDLL, tier: str, dtype: torch.dtype) -> None:
+    """Of pictures in planes and in pixels, 1x1 with gaps and without, more pixels than are multiplied at a time."""
+    for in_channels, out_channels, kernel, stride, size in (
+        (3, 32, 3, 2, (2, 33, 35)),
+        (3, 17, 3, 1, (1, 6, 5)),
+        (4, 40, 5, 2, (1, 9, 12)),
+        (11, 24, 3, 1, (1, 7, 6)),
+        (32, 47, 1, 1, (2, 7, 7)),
+        (33, 64, 1, 1, (1, 4, 4)),
+        (6, 8, 1, 2, (1, 5, 5)),
+    ):
+        padding, whole = kernel // 2, torch.randn(size[0], in_channels + 2, *size[1:]).to(dtype)
+        weight = torch.randn(out_channels, in_channels, kernel, kernel) * (in_channels * kernel**2) ** -0.5
+        bias, activation = torch.randn(out_channels), "relu6"
+        wanted = F.relu6(F.conv2d(whole[:, 1:-1].double(), weight.double(), bias.double(), stride, padding))
+        for x in (
+            whole[:, 1:-1],
+            whole[:, 1:-1].contiguous(memory_format=torch.channels_last),
+            whole.to(memory_format=torch.channels_last)[:, 1:-1],
+        ):
+            for threads in (1, 2):
+                y = torch.full_like(wanted, torch.nan, dtype=dtype, memory_format=torch.channels_last)
+                numbers = (
+                    *(in_channels, out_channels, kernel, *size, *wanted.shape[2:], stride, padding),
+                    *(DTYPES.index(dtype), CLAMPS.index(activation), *x.stride()),
+                )
+                pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, bias, x, y))
+                library.convolve(tier.encode(), (ctypes.c_int64 * len(numbers))(*numbers), *pointers, threads)
+                assert relative_error(y, wanted) < BOUNDS[dtype]
+
+
+@lacking("avx512amx")
+@pytest.mark.parametrize("index", range(len(CHANNELS)))
+def test_amx_to_the_last_bit(run: Run, index: int) -> None:
+    """As test_bf16_numerics.py has it: sums that are exact in any order."""
+    channels = [CHANNELS[(index + offset) % len(CHANNELS)] for offset in (0, 4, 9)]
+    for size, expand in itertools.product(((1, 3, 5), (1, 4, 8), (2, 7, 7)), (True, False)):
+        block = short_block(*channels, 3, size, expand=expand)
+        assert torch.equal(run("avx512amx", block.x, block.weights), block.expected(Config()))
 
 
 # The tensors of `TrainArgs` (csrc/core/train.h), and which of them an op returns.
@@ -263,7 +330,7 @@ def emulated_phase(
     return returned
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 @pytest.mark.parametrize(
     "case",
     [
@@ -282,7 +349,7 @@ def test_training_phases(library: ctypes.CDLL, case: Case, dtype: torch.dtype) -
         assert not mistakes(case, phase, name, values, actual), phase
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 @pytest.mark.parametrize("planes", [False, True])
 def test_training_phases_of_stems(library: ctypes.CDLL, planes: bool, dtype: torch.dtype) -> None:
     for form in ("stem", "stride 1", "kernel 5", "kernel 7, stride 3", "several slots"):
@@ -303,7 +370,7 @@ def test_training_phases_of_stems(library: ctypes.CDLL, planes: bool, dtype: tor
             assert not layer_mistakes(name, values, actual), (form, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_training_phases_of_heads(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     """The blocks' phases with x for d: `train_pointwise` of train_ops.cpp."""
     case = LAYER_CASES["pointwise, several slots"]
@@ -325,6 +392,7 @@ def test_training_phases_of_heads(library: ctypes.CDLL, dtype: torch.dtype) -> N
         assert not layer_mistakes(name, values, actual), name
 
 
+@lacking("avx512")
 @pytest.mark.parametrize(
     ("name", "dtype", "columns", "bound"),
     [("multiply_doubles", torch.float64, 16, 1e-14), ("multiply_floats", torch.float32, 32, 1e-6)],

@@ -23,7 +23,7 @@ import pytest
 from mbv2_kernels import _C
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL_TIERS = [*_C.tiers(), _C.fp16_tier()]
+ALL_TIERS = _C.all_tiers()
 TIERS = {tier["name"]: tier["features"] for tier in ALL_TIERS}
 COMPILER = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
 
@@ -42,13 +42,16 @@ needs_compiler = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"
 # Legacy and REX prefixes. VEX and EVEX instructions take none but segment and address size.
 SEGMENT_OR_ADDRESS = {0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x67}
 PREFIXES = SEGMENT_OR_ADDRESS | {0x66, 0xF0, 0xF2, 0xF3} | set(range(0x40, 0x50))
+TILES = re.compile(r"%tmm[0-7]|^(ldtilecfg|sttilecfg|tilerelease)\b")
 BMI = re.compile(r"(andn|bextr|bls[irm]\w*|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx)[lq]?$")
 
 
 def instruction_set(code: bytes, text: str) -> str | None:
-    """What an instruction needs beyond x86-64's baseline: "avx512", "bmi", "avx", "sse4" (SSSE3 and up), or nothing.
+    """What an instruction needs beyond x86-64's baseline: "amx", "avx512", "bmi", "avx", "sse4" (SSSE3 and up), or
+    nothing.
 
-    By its encoding (Intel SDM volume 2, chapter 2), so that no list of mnemonics can be incomplete.
+    By its encoding (Intel SDM volume 2, chapter 2), so that no list of mnemonics can be incomplete. AMX has AVX's, and
+    registers of its own.
     """
     at = next((i for i, byte in enumerate(code) if byte not in SEGMENT_OR_ADDRESS), len(code))
     if code[at : at + 1] == b"\x62":
@@ -56,6 +59,8 @@ def instruction_set(code: bytes, text: str) -> str | None:
     if code[at : at + 1] in (b"\xc4", b"\xc5"):
         if re.search(r"%k[0-7]", text):
             return "avx512"
+        if TILES.search(text):
+            return "amx"
         return "bmi" if BMI.match(text.split()[0]) else "avx"
     at = next((i for i, byte in enumerate(code) if byte not in PREFIXES), len(code))
     if code[at : at + 2] in (b"\x0f\x38", b"\x0f\x3a") or (0xF3 in code[:at] and code[at : at + 2] == b"\x0f\xb8"):
@@ -72,6 +77,8 @@ def allowed(tier: str | None) -> set[str | None]:
         sets.add("avx")
     if "avx512f" in features:
         sets.add("avx512")
+    if "amx-tile" in features:
+        sets.add("amx")
     return sets
 
 
@@ -152,7 +159,7 @@ def test_no_instruction_outside_its_tier() -> None:
     # ... and the decoder did see the tiers
     for tier in ALL_TIERS:
         if tier["compiled"] and tier["features"]:
-            for needed in allowed(tier["name"]) & {"avx", "avx512"}:
+            for needed in allowed(tier["name"]) & {"avx", "avx512", "amx"}:
                 assert (tier["name"], needed) in findings.seen
 
 
@@ -238,6 +245,20 @@ def test_file_with_too_many_flags_is_found(tmp_path: Path, file: str, flags: lis
     shared_object, _ = build(tmp_path, [(file, source, flags)])
     leaks = examine(shared_object).leaks
     assert any("dot" in leak and f"has {needed}" in leak for leak in leaks), leaks
+
+
+@needs_compiler
+@pytest.mark.skipif(not _C.bf16_tier()["compiled"], reason="the compiler knows no AMX")
+@pytest.mark.parametrize("tier", ["avx512", "avx512amx"])
+@pytest.mark.parametrize(
+    "code", ["tdpbf16ps %tmm2, %tmm1, %tmm0", "tileloadd (%rax,%rcx,1), %tmm3", "ldtilecfg (%rax)", "tilerelease"]
+)
+def test_tiles_outside_their_tier_are_found(tmp_path: Path, code: str, tier: str) -> None:
+    source = f'static {NOINLINE} void tiles() {{ asm volatile("{code}"); }}\nvoid entry() {{ tiles(); }}'
+    shared_object, _ = build(tmp_path, [(f"x86_{tier}.cpp", source, AVX512)])
+    findings = examine(shared_object)
+    assert any("tiles" in leak and "has amx" in leak for leak in findings.leaks) == (tier == "avx512")
+    assert (tier, "amx") in findings.seen
 
 
 @needs_compiler

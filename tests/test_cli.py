@@ -21,6 +21,7 @@ from torch import nn
 import mbv2_kernels as mbv2
 from mbv2_kernels import _C, cli, models
 from mbv2_kernels._bench import inputs, peers, timing, verify
+from mbv2_kernels.backends import tier_of
 from mbv2_kernels.status import cpu_model
 
 # The smallest network and picture that still run every code path in a second.
@@ -59,8 +60,8 @@ def test_status_accounts_for_every_backend_and_tier() -> None:
     assert [backend.name for backend in status.backends] == ["cpu", "triton", "reference"]
     cpu, triton, reference = status.backends
     assert cpu.available and reference.available
-    assert [tier.name for tier in cpu.tiers] == [tier["name"] for tier in (*_C.tiers(), _C.fp16_tier())]
-    assert [tier.name for tier in cpu.tiers if tier.active] == [_C.active_tier()]
+    assert [tier.name for tier in cpu.tiers] == [tier["name"] for tier in _C.all_tiers()]
+    assert {tier.name for tier in cpu.tiers if tier.active} == {_C.active_tier(), _C.active_bf16_tier()}
     assert all(tier.reason for tier in cpu.tiers if not tier.runnable)
     assert triton.available == (torch.cuda.is_available() and importlib.util.find_spec("triton") is not None)
     assert triton.available or triton.reason
@@ -95,6 +96,30 @@ def test_status_names_the_cap() -> None:
         _C.set_max_isa(before)
 
 
+def test_status_says_what_runs_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row() -> tuple[bool, bool, str]:
+        (found,) = (tier for tier in mbv2.status().backends[0].tiers if tier.name == name)
+        return found.runnable, found.active, found.reason
+
+    tier, before = _C.bf16_tier(), _C.max_isa()
+    name = tier["name"]
+    try:
+        for cap in (None, name):
+            _C.set_max_isa(cap)
+            here = tier["runnable"]
+            assert row() == (here, here, "for bfloat16 inference" if here else f"tier {name}: {tier['reason']}")
+        _C.set_max_isa("portable")
+        lacking = {**tier, "runnable": False, "reason": "the CPU or the operating system lacks amx-bf16"}
+        for state, reason in (
+            ({**tier, "runnable": True, "reason": ""}, "the tiers are held to portable at most (MBV2_MAX_ISA)"),
+            (lacking, lacking["reason"]),
+        ):
+            monkeypatch.setattr(_C, "bf16_tier", lambda state=state: state)
+            assert row() == (False, False, f"tier {name}: {reason}")
+    finally:
+        _C.set_max_isa(before)
+
+
 def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "info.json"
     assert run("info", "--json", str(file)) == 0
@@ -104,9 +129,7 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (content["schema"], content["schema_version"]) == ("mbv2_kernels.info", 1)
     assert content["machine"]["isa"] == _C.active_tier()
     assert content["machine"]["fma_peak_gflops_per_thread"] > 0
-    assert set(content["fma_peak_gflops"]) == {
-        tier["name"] for tier in (*_C.tiers(), _C.fp16_tier()) if tier["runnable"]
-    }
+    assert set(content["fma_peak_gflops"]) == {tier["name"] for tier in _C.all_tiers() if tier["runnable"]}
     assert [backend["name"] for backend in content["status"]["backends"]] == ["cpu", "triton", "reference"]
 
 
@@ -132,7 +155,9 @@ def test_verify_on_random_input(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_verify_in_half_precision_is_within_bounds(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", *SMALL, "--batch", "1", "--dtype", dtype) == 0
-    assert "all errors within bounds" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "all errors within bounds" in out
+    assert out.count(f"cpu/{tier_of(getattr(torch, dtype))} ") == 19
 
 
 def wrong_fuse(model: nn.Module, **_: Any) -> nn.Module:
@@ -176,6 +201,9 @@ def test_limits_follow_the_bound_and_the_unfused_error() -> None:
     assert limit(torch.float32, 1.5e-6, 9, network=True) == 3e-6
     assert limit(torch.float32, 0.0, 0) == torch.finfo(torch.float32).eps / 2
     assert limit(torch.bfloat16, 5e-3, 9) == 8e-3
+    assert limit(torch.bfloat16, 8e-3, 9) == pytest.approx(1.2e-2)
+    assert limit(torch.bfloat16, 8e-3, 9, network=True) == 1.6e-2
+    assert limit(torch.float16, 8e-3, 9) == 1e-3
     assert limit(torch.float16, 2e-4, 9) == pytest.approx(torch.finfo(torch.float16).eps / 2)
     assert verify.summands(models.mobilenet_v2().features[3]) == 24 + 9 + 144
 

@@ -224,15 +224,16 @@ class TestMemo:
         assert memo.last_run(tensors) is None
 
     def test_x_of_every_dtype_shares_one_packing(self) -> None:
-        tensors, build = make_block(), []
-        own = backends._pack
+        """One for each tier that runs some of them."""
+        tensors, dtypes, tiers = make_block(), (torch.float32, torch.bfloat16, torch.float16), []
+        own = backends._PACK
         try:
-            backends._pack = lambda folded: build.append(1) or own(folded)
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            backends._PACK = lambda *given: tiers.append(given[-1]) or own(*given)
+            for dtype in 2 * dtypes:
                 run(image().to(dtype), tensors)
         finally:
-            backends._pack = own
-        assert len(build) == 1
+            backends._PACK = own
+        assert tiers == list(dict.fromkeys(map(backends.tier_of, dtypes)))
 
     def test_gradient_steps_do_not_leave_entries(self) -> None:
         tensors, x = make_block(requires_grad=True), image()

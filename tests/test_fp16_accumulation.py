@@ -55,7 +55,7 @@ def rounded(weights: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def run_packed(x: Tensor, weights: list[Tensor | None], *config: Any) -> Tensor:
-    packed = ops.pack_inverted_residual(*weights, True)
+    packed = ops.pack_inverted_residual(*weights, TIER["name"])
     w_expand, _, w_depthwise, _, w_project, _ = weights
     assert w_depthwise is not None and w_project is not None
     dims = w_depthwise.shape[0], w_project.shape[0], w_depthwise.shape[-1], w_expand is not None
@@ -113,7 +113,7 @@ def test_convolution_against_float64(
 ) -> None:
     weight, bias = torch.randn(out_channels, in_channels, kernel, kernel), torch.randn(out_channels)
     weight *= (in_channels * kernel * kernel) ** -0.5
-    packed = ops.pack_conv(weight, bias, True)
+    packed = ops.pack_conv(weight, bias, TIER["name"])
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, in_channels, 19, 17).half().contiguous(memory_format=memory_format)
         y = ops.conv_act_packed(x, packed, out_channels, kernel, stride, padding, "relu6")
@@ -127,7 +127,7 @@ def test_long_sums_round_no_more_than_short_ones() -> None:
     errors = []
     for depth in (40, 1000):
         weight, x = torch.randn(64, depth, 1, 1) * depth**-0.5, torch.randn(1, depth, 16, 16).half()
-        y = ops.conv_act_packed(x, ops.pack_conv(weight, None, True), 64, 1, 1, 0, "none")
+        y = ops.conv_act_packed(x, ops.pack_conv(weight, None, TIER["name"]), 64, 1, 1, 0, "none")
         errors.append(relative_error(y, F.conv2d(x.double(), weight.half().double())))
     assert errors[1] < 2 * errors[0] < 4e-3
 
@@ -142,9 +142,9 @@ def test_nan_and_infinity() -> None:
         ("relu", [math.nan, math.inf, 0, 1, 65504, 0]),
         ("none", [math.nan, math.inf, -math.inf, 1, 65504, -65504]),
     ):
-        y = ops.conv_act_packed(x, ops.pack_conv(eye, None, True), 1, 1, 1, 0, activation)
+        y = ops.conv_act_packed(x, ops.pack_conv(eye, None, TIER["name"]), 1, 1, 1, 0, activation)
         torch.testing.assert_close(y.flatten(), torch.tensor(expected).half(), rtol=0, atol=0, equal_nan=True)
-    y = ops.conv_act_packed(x, ops.pack_conv(2 * eye, None, True), 1, 1, 1, 0, "none")
+    y = ops.conv_act_packed(x, ops.pack_conv(2 * eye, None, TIER["name"]), 1, 1, 1, 0, "none")
     assert y.flatten()[4:].tolist() == [math.inf, -math.inf]
     block = run_packed(x, [eye, None, eye, None, eye, None], 1, 0, 1, "relu6", "none", False)
     torch.testing.assert_close(
@@ -155,28 +155,15 @@ def test_nan_and_infinity() -> None:
 @needs_tier
 def test_weights_too_large_are_refused() -> None:
     weight = torch.tensor([65504.0, 65519.0, 1e-8]).view(3, 1, 1, 1)
-    ops.pack_conv(weight, None, True)  # rounded to the largest; to 0
+    ops.pack_conv(weight, None, TIER["name"])  # rounded to the largest; to 0
     for value in (65520.0, 1e30, -1e30):
         with pytest.raises(RuntimeError, match="65504"):
-            ops.pack_conv(weight + value - weight, None, True)
+            ops.pack_conv(weight + value - weight, None, TIER["name"])
         with pytest.raises(RuntimeError, match="65504"):
-            ops.pack_inverted_residual(None, None, weight, torch.full((3,), value), torch.ones(2, 3, 1, 1), None, True)
-    ops.pack_conv(torch.full((1, 1, 1, 1), math.inf), None, True)  # what is infinite before stays so
-
-
-@needs_tier
-def test_packed_for_fp16_takes_fp16_only() -> None:
-    packed = ops.pack_conv(torch.ones(4, 3, 1, 1), None, True)
-    for dtype in (torch.float32, torch.bfloat16):
-        with pytest.raises(RuntimeError, match="x must be float16"):
-            ops.conv_act_packed(torch.ones(1, 3, 2, 2, dtype=dtype), packed, 4, 1, 1, 0, "none")
-
-
-@needs_tier
-def test_opcheck() -> None:
-    weights = make_weights()
-    torch.library.opcheck(ops.pack_inverted_residual.default, (*weights, True))
-    torch.library.opcheck(ops.pack_conv.default, (torch.randn(4, 3, 1, 1), None, True))
+            ops.pack_inverted_residual(
+                None, None, weight, torch.full((3,), value), torch.ones(2, 3, 1, 1), None, TIER["name"]
+            )
+    ops.pack_conv(torch.full((1, 1, 1, 1), math.inf), None, TIER["name"])  # what is infinite before stays so
 
 
 # ---- The switch ------------------------------------------------------------------------------------------------------
@@ -207,14 +194,11 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row.name, row.runnable, row.active) == ("avx512fp16", False, False) and "lacks avx512fp16" in row.reason
 
 
-@pytest.mark.skipif(TIER["runnable"], reason="the tier can run here")
-def test_the_op_refuses_where_the_tier_cannot_run() -> None:
-    with pytest.raises(RuntimeError, match=r"fp16 accumulation needs tier avx512fp16, which cannot run here: \w"):
-        ops.pack_conv(torch.ones(1, 1, 1, 1), None, True)
-
-
 @needs_tier
 def test_respects_the_cap() -> None:
+    for cap in (_C.tiers()[0]["name"], _C.bf16_tier()["name"]):
+        _C.set_max_isa(cap)
+        mbv2.set_fp16_accumulation(True)
     _C.set_max_isa("avx2")
     with pytest.raises(RuntimeError, match=r"held to avx2 at most \(MBV2_MAX_ISA\)"):
         mbv2.set_fp16_accumulation(True)
@@ -257,9 +241,10 @@ def test_on_and_off_again(net: nn.Module) -> None:
         again, ran = run_thrice(net, x)
         assert ran == {active} and torch.equal(again, off)
         assert {row.tier for row in mbv2.summary(net) if row.fused} == {active}
-    assert [tier.name for tier in mbv2.status().backends[0].tiers if tier.active] == [active]
-    mbv2.set_fp16_accumulation(True)
-    assert [tier.name for tier in mbv2.status().backends[0].tiers if tier.active] == [active, TIER["name"]]
+    for allowed in (False, True):
+        mbv2.set_fp16_accumulation(allowed)
+        row = mbv2.status().backends[0].tiers[-1]
+        assert (row.name, row.active) == (TIER["name"], allowed)
 
 
 @needs_tier
@@ -281,10 +266,10 @@ def test_whole_network_as_one_call() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_are_not_affected(dtype: torch.dtype) -> None:
     net, x = mbv2.fuse(randomise(Net()).to(dtype)), torch.randn(X).to(dtype)
-    off, _ = run_thrice(net, x)
+    off, before = run_thrice(net, x)
     mbv2.set_fp16_accumulation(True)
     on, ran = run_thrice(net, x)
-    assert ran == {_C.active_tier()} and torch.equal(on, off)
+    assert ran == before == {backends.tier_of(dtype)} and torch.equal(on, off)
 
 
 @needs_tier

@@ -18,6 +18,7 @@ from wild import Flat, error, randomise
 
 import mbv2_kernels as mbv2
 from mbv2_kernels import _C, set_backend
+from mbv2_kernels.backends import tier_of
 
 X = (2, 8, 9, 7)
 SHORT = "chain_packed"
@@ -160,6 +161,30 @@ def test_backend_and_tier_are_noticed(block: nn.Module) -> None:
         block(torch.randn(X))
         assert {name for name, calls in _C.counters().items() if calls} == {"portable"}
         assert mbv2.summary(block)[0].tier == "portable"
+    finally:
+        _C.set_max_isa(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cap_that_changes_the_tier_for_bfloat16_only(dtype: torch.dtype) -> None:
+    """It ends the shortcuts of bfloat16 and no others, where there is such a tier."""
+    block = mbv2.fuse(randomise(Flat(8, 48, 8))).to(dtype)
+    settle(block)
+    before, fastest = _C.max_isa(), _C.active_tier()
+    x = torch.randn(X).to(dtype)
+    try:
+        for cap in (None, fastest, None, _C.bf16_tier()["name"], fastest, fastest):
+            was = tier_of(dtype)
+            _C.set_max_isa(cap)
+            assert _C.active_tier() == fastest
+            assert (block.forward._shortcut(x) is not None) == (tier_of(dtype) == was)
+            _C.reset_counters()
+            block(x)
+            assert {name for name, calls in _C.counters().items() if calls} == {tier_of(dtype)}
+            assert mbv2.summary(block)[0].tier == tier_of(dtype)
+            settle(block)
+            assert ran(block, x) == [SHORT]
     finally:
         _C.set_max_isa(before)
 

@@ -32,8 +32,10 @@ from mbv2_kernels import _C, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = {tier["name"]: tier for tier in _C.tiers()}
-FP16 = _C.fp16_tier()
-ALL_TIERS = {**TIERS, FP16["name"]: FP16}
+BF16, FP16 = _C.bf16_tier(), _C.fp16_tier()
+ALL_TIERS = {tier["name"]: tier for tier in _C.all_tiers()}
+#: What the tiers for 16-bit images take.
+DTYPE_OF = {BF16["name"]: torch.bfloat16, FP16["name"]: torch.float16}
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 
 # The kernel's names for what the compiler calls otherwise.
@@ -62,8 +64,8 @@ def registry(macro: str = "MBV2_TIER") -> dict[str, list[str]]:
 
 
 def needs(tier: str) -> None:
-    if not TIERS[tier]["runnable"]:
-        pytest.skip(f"tier {tier} cannot run here: {TIERS[tier]['reason']}")
+    if not ALL_TIERS[tier]["runnable"]:
+        pytest.skip(f"tier {tier} cannot run here: {ALL_TIERS[tier]['reason']}")
 
 
 def block(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -80,8 +82,10 @@ CONFIG = (1, 1, 1, "relu6", "none", False)
 def test_list_is_the_registry() -> None:
     assert [tier["name"] for tier in _C.tiers()] == list(registry())
     assert {tier["name"]: tier["features"] for tier in _C.tiers()} == registry()
+    assert registry("MBV2_BF16_TIER") == {BF16["name"]: BF16["features"]}
     assert registry("MBV2_FP16_TIER") == {FP16["name"]: FP16["features"]}
-    assert list(_C.counters()) == [*registry(), FP16["name"]]
+    assert _C.all_tiers() == [*_C.tiers(), BF16, FP16]
+    assert list(_C.counters()) == list(ALL_TIERS)
 
 
 def test_portable_is_everywhere() -> None:
@@ -119,9 +123,15 @@ def test_every_required_feature_is_known() -> None:
     assert required <= set(_C.cpu_features())
 
 
-def test_active_tier_is_the_fastest_runnable() -> None:
-    _C.set_max_isa(None)
-    assert _C.active_tier() == next(name for name, row in TIERS.items() if row["runnable"])
+@pytest.mark.parametrize("cap", [None, BF16["name"]])
+def test_active_tiers_are_the_fastest_runnable(cap: str | None) -> None:
+    """The cap that names the tier for bf16 is none, on CPUs that lack it, too."""
+    _C.set_max_isa("portable")
+    _C.set_max_isa(cap)
+    assert _C.max_isa() == cap
+    fastest = next(name for name, row in TIERS.items() if row["runnable"])
+    assert _C.active_tier() == fastest
+    assert _C.active_bf16_tier() == (BF16["name"] if BF16["runnable"] else fastest)
 
 
 @pytest.mark.parametrize("cap", TIERS)
@@ -130,15 +140,15 @@ def test_cap_is_an_upper_bound(cap: str) -> None:
     assert _C.max_isa() == cap
     at_most = list(TIERS)[list(TIERS).index(cap) :]
     assert _C.active_tier() == next(name for name in at_most if TIERS[name]["runnable"])
+    assert _C.active_bf16_tier() == _C.active_tier()
 
 
 def test_unknown_tier_is_refused_and_changes_nothing() -> None:
-    before = _C.max_isa(), _C.active_tier()
-    with pytest.raises(ValueError, match="'avx9'.*" + ", ".join(TIERS)):
-        _C.set_max_isa("avx9")
-    with pytest.raises(ValueError, match=f"'{FP16['name']}'"):  # is no rank
-        _C.set_max_isa(FP16["name"])
-    assert (_C.max_isa(), _C.active_tier()) == before
+    before = _C.max_isa(), _C.active_tier(), _C.active_bf16_tier()
+    for name in ("avx9", FP16["name"]):  # the latter is no rank
+        with pytest.raises(ValueError, match=f"'{name}', expected one of {', '.join([*TIERS, BF16['name']])}$"):
+            _C.set_max_isa(name)
+    assert (_C.max_isa(), _C.active_tier(), _C.active_bf16_tier()) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -233,19 +243,75 @@ def test_gaps_in_x_without_expand(tier: str, dtype: torch.dtype) -> None:
     assert forced(tier, x, make_weights(32, 32, 16, expand=False)) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("tier", TIERS)
-def test_packed_weights_stay_with_their_tier(tier: str) -> None:
-    """Weights packed under one cap are run by the tier that packed them, whatever the cap says later."""
+def packed_by(tier: str, how: str, pack: str, *weights: Tensor | None) -> Tensor:
+    """Weights packed for `tier`, which the op is told or finds as the active one."""
+    cap = _C.max_isa()
+    try:
+        _C.set_max_isa("portable" if how == "named" else tier)
+        return getattr(torch.ops.mbv2, pack)(*weights, *([tier] if how == "named" else []))
+    finally:
+        _C.set_max_isa(cap)
+
+
+@pytest.mark.parametrize(
+    ("tier", "how"), [*((tier, "active") for tier in TIERS), *((tier, "named") for tier in ALL_TIERS)]
+)
+def test_packed_weights_stay_with_their_tier(tier: str, how: str) -> None:
+    """Packed weights are run by the tier that they were packed for, whatever the cap says then or later."""
     needs(tier)
-    x, *weights = block()
-    _C.set_max_isa(tier)
-    packed = torch.ops.mbv2.pack_inverted_residual(*weights)
+    dtype = DTYPE_OF.get(tier, torch.float32)
+    x, *weights = block(dtype)
+    packed = packed_by(tier, how, "pack_inverted_residual", *weights)
+    layer = packed_by(tier, how, "pack_conv", weights[0], weights[1])
+    bound = 1e-5 if dtype is torch.float32 else 8e-3
     for cap in (None, *TIERS):
         _C.set_max_isa(cap)
         _C.reset_counters()
         y = torch.ops.mbv2.inverted_residual_packed(x, packed, 27, 11, 3, True, *CONFIG)
-        assert _C.counters()[tier] == 1
-        torch.testing.assert_close(y, reference.inverted_residual(x, *weights), rtol=1e-5, atol=1e-5)
+        z = torch.ops.mbv2.conv_act_packed(x, layer, 27, 1, 1, 0, "relu6")
+        assert _C.counters() == {name: 2 * (name == tier) for name in ALL_TIERS}
+        assert relative_error(y, reference.inverted_residual(*double([x, *weights]))) < bound
+        expected = torch.nn.functional.conv2d(*double([x, *weights[:2]])).clamp(0, 6)
+        assert relative_error(z, expected) < bound
+
+
+@pytest.mark.parametrize("tier", DTYPE_OF)
+def test_packed_for_16_bits_takes_that_dtype_only(tier: str) -> None:
+    needs(tier)
+    weights, name = make_weights(), str(DTYPE_OF[tier]).removeprefix("torch.")
+    block = torch.ops.mbv2.pack_inverted_residual(*weights, tier)
+    layer = torch.ops.mbv2.pack_conv(weights[0], None, tier)
+    chain = torch.ops.mbv2.pack_chain([layer], [1, 0, 24, 1, 0, 1, 0, 1, 0, 0, 0])
+    for dtype in set(DTYPES) - {DTYPE_OF[tier]}:
+        x = torch.ones(1, 8, 4, 4, dtype=dtype)
+        for op, arguments in (
+            ("inverted_residual_packed", (block, 24, 8, 3, True, *CONFIG)),
+            ("conv_act_packed", (layer, 24, 1, 1, 0, "none")),
+            ("chain_packed", (chain,)),
+        ):
+            with pytest.raises(RuntimeError, match=f"packed was made for tier {tier}: x must be {name}"):
+                getattr(torch.ops.mbv2, op)(x, *arguments)
+
+
+@pytest.mark.parametrize("tier", ["avx9", *ALL_TIERS])
+def test_packing_for_what_cannot_run_is_refused(tier: str) -> None:
+    if tier == "avx9":
+        message = f"unknown instruction-set tier 'avx9', expected one of {', '.join(ALL_TIERS)}$"
+    elif ALL_TIERS[tier]["runnable"]:
+        pytest.skip(f"tier {tier} can run here")
+    else:
+        message = re.escape(f"tier '{tier}' cannot run here: {ALL_TIERS[tier]['reason']}")
+    with pytest.raises(RuntimeError, match=f"mbv2: {message}"):
+        torch.ops.mbv2.pack_inverted_residual(*make_weights(), tier)
+    with pytest.raises(RuntimeError, match=f"mbv2: {message}"):
+        torch.ops.mbv2.pack_conv(torch.ones(1, 1, 1, 1), None, tier)
+
+
+@pytest.mark.parametrize("tier", ALL_TIERS)
+def test_opcheck_of_packing(tier: str) -> None:
+    needs(tier)
+    torch.library.opcheck(torch.ops.mbv2.pack_inverted_residual.default, (*make_weights(), tier))
+    torch.library.opcheck(torch.ops.mbv2.pack_conv.default, (torch.randn(4, 3, 1, 1), None, tier))
 
 
 def test_each_tier_is_code_of_its_own() -> None:
@@ -262,8 +328,10 @@ def test_each_tier_is_code_of_its_own() -> None:
 @pytest.mark.parametrize("tier", ALL_TIERS)
 def test_fma_peak(tier: str) -> None:
     if ALL_TIERS[tier]["runnable"]:
-        # Above what two units of 512 bits give at 8 GHz, the loop was not run.
-        assert 0.1 < _C.fma_peak(tier, 0.01) < 2 * 16 * 2 * 8 * (2 if tier == "avx512fp16" else 1)
+        # Above what two units of 512 bits give at 8 GHz, the loop was not run. A unit for tiles does 16 x 16 x 32
+        # multiply-adds in 16 cycles.
+        most = {FP16["name"]: 2 * 32 * 2 * 8, BF16["name"]: 2 * 16 * 32 * 8}
+        assert 0.1 < _C.fma_peak(tier, 0.01) < most.get(tier, 2 * 16 * 2 * 8)
     else:
         with pytest.raises(ValueError, match=f"'{tier}' cannot run here"):
             _C.fma_peak(tier, 0.01)
@@ -294,7 +362,7 @@ def run_with_cap(value: str | None) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("cap", [None, "", *TIERS])
+@pytest.mark.parametrize("cap", [None, "", *TIERS, BF16["name"]])
 def test_environment_caps_the_tier(cap: str | None) -> None:
     result = run_with_cap(cap)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,6 @@
 #include "arch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <sstream>
 #include <stdexcept>
@@ -8,6 +9,10 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace mbv2 {
@@ -49,8 +54,19 @@ uint64_t saved_state() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
+// Linux saves the tiles of AMX, 8 KB, for processes that have asked it to.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 Features detect() {
-  const uint64_t saved = saved_state();
+  uint64_t saved = saved_state();
+  if ((saved & kAmx) && !may_use_tiles()) saved &= ~kAmx;
   Features found;
   for (const FeatureBit& f : kFeatureBits) {
     unsigned regs[4] = {};
@@ -90,9 +106,15 @@ TierStatus examine(Tier tier, const char* name, const char* features) {
 }
 
 const TierStatus* fastest(const TierStatus* cap) {
+  if (cap == &bf16_tier()) cap = nullptr;  // faster than all of these
   for (const TierStatus& status : tiers())
     if (status.runnable && (!cap || &status >= cap)) return &status;
   return nullptr;  // never: the list ends with a tier that needs nothing
+}
+
+const TierStatus* fastest_for_bf16(const TierStatus* cap) {
+  const bool capped = cap && cap != &bf16_tier();
+  return bf16_tier().runnable && !capped ? &bf16_tier() : fastest(cap);
 }
 
 std::atomic<const TierStatus*> cap{nullptr};
@@ -102,9 +124,29 @@ std::atomic<const TierStatus*>& active() {
   return status;
 }
 
+std::atomic<const TierStatus*>& active_for_bf16() {
+  static std::atomic<const TierStatus*> status{fastest_for_bf16(nullptr)};
+  return status;
+}
+
 std::atomic<uint64_t>& counter(Tier tier) {
-  static std::vector<std::atomic<uint64_t>> counters(tiers().size() + 1);
+  static std::vector<std::atomic<uint64_t>> counters(all_tiers().size());
   return counters[static_cast<size_t>(tier)];
+}
+
+const TierStatus& find_tier(const std::vector<const TierStatus*>& list, const std::string& name) {
+  std::string names;
+  for (const TierStatus* status : list) {
+    if (name == status->name) return *status;
+    names += (names.empty() ? "" : ", ") + std::string(status->name);
+  }
+  throw std::invalid_argument("unknown instruction-set tier '" + name + "', expected one of " + names);
+}
+
+const TierStatus& find_cap(const std::string& name) {
+  std::vector<const TierStatus*> caps = all_tiers();
+  caps.erase(std::find(caps.begin(), caps.end(), &fp16_tier()));
+  return find_tier(caps, name);
 }
 
 }  // namespace
@@ -117,39 +159,72 @@ const Features& cpu_features() {
 const std::vector<TierStatus>& tiers() {
   static const std::vector<TierStatus> list = {
 #define MBV2_TIER(tier, features) examine(Tier::tier, #tier, features),
+#define MBV2_BF16_TIER(...)
 #define MBV2_FP16_TIER(...)
 #include "kernels.inc"
 #undef MBV2_TIER
+#undef MBV2_BF16_TIER
 #undef MBV2_FP16_TIER
   };
   return list;
 }
 
-const TierStatus& fp16_tier() {
+const TierStatus& bf16_tier() {
   static const TierStatus status =
 #define MBV2_TIER(...)
-#define MBV2_FP16_TIER(tier, features) examine(Tier::tier, #tier, features);
+#define MBV2_BF16_TIER(tier, features) examine(Tier::tier, #tier, features);
+#define MBV2_FP16_TIER(...)
 #include "kernels.inc"
 #undef MBV2_TIER
+#undef MBV2_BF16_TIER
 #undef MBV2_FP16_TIER
       return status;
 }
 
-const TierStatus& find_tier(const std::string& name) {
-  std::string names;
-  for (const TierStatus& status : tiers()) {
-    if (name == status.name) return status;
-    names += (names.empty() ? "" : ", ") + std::string(status.name);
-  }
-  throw std::invalid_argument("unknown instruction-set tier '" + name + "', expected one of " + names);
+const TierStatus& fp16_tier() {
+  static const TierStatus status =
+#define MBV2_TIER(...)
+#define MBV2_BF16_TIER(...)
+#define MBV2_FP16_TIER(tier, features) examine(Tier::tier, #tier, features);
+#include "kernels.inc"
+#undef MBV2_TIER
+#undef MBV2_BF16_TIER
+#undef MBV2_FP16_TIER
+      return status;
+}
+
+const std::vector<const TierStatus*>& all_tiers() {
+  static const std::vector<const TierStatus*> list = [] {
+    std::vector<const TierStatus*> all;
+    for (const TierStatus& status : tiers()) all.push_back(&status);
+    all.push_back(&bf16_tier());
+    all.push_back(&fp16_tier());
+    return all;
+  }();
+  return list;
+}
+
+const TierStatus& status_of(Tier tier) {
+  for (const TierStatus* status : all_tiers())
+    if (status->tier == tier) return *status;
+  throw std::logic_error("a tier that is not in the list of tiers");
+}
+
+const TierStatus& runnable_tier(const std::string& name) {
+  const TierStatus& status = find_tier(all_tiers(), name);
+  if (!status.runnable) throw std::invalid_argument("tier '" + name + "' cannot run here: " + status.reason);
+  return status;
 }
 
 Tier active_tier() { return active().load(std::memory_order_relaxed)->tier; }
 
+Tier active_bf16_tier() { return active_for_bf16().load(std::memory_order_relaxed)->tier; }
+
 void set_max_isa(const char* name) {
-  const TierStatus* tier = name ? &find_tier(name) : nullptr;
+  const TierStatus* tier = name ? &find_cap(name) : nullptr;
   cap.store(tier, std::memory_order_relaxed);
   active().store(fastest(tier), std::memory_order_relaxed);
+  active_for_bf16().store(fastest_for_bf16(tier), std::memory_order_relaxed);
 }
 
 const char* max_isa() {
@@ -162,8 +237,7 @@ void count_call(Tier tier) { counter(tier).fetch_add(1, std::memory_order_relaxe
 uint64_t call_count(Tier tier) { return counter(tier).load(std::memory_order_relaxed); }
 
 void reset_call_counts() {
-  for (const TierStatus& status : tiers()) counter(status.tier).store(0, std::memory_order_relaxed);
-  counter(fp16_tier().tier).store(0, std::memory_order_relaxed);
+  for (const TierStatus* status : all_tiers()) counter(status->tier).store(0, std::memory_order_relaxed);
 }
 
 }  // namespace mbv2

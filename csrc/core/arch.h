@@ -8,7 +8,7 @@
 
 namespace mbv2 {
 
-enum class Tier : int { portable, avx2, avx512, avx512fp16 };
+enum class Tier : int { portable, avx2, avx512, avx512amx, avx512fp16 };
 
 struct TierStatus {
   Tier tier;
@@ -25,16 +25,29 @@ const std::vector<std::pair<std::string, bool>>& cpu_features();
 // Every tier that computes in fp32, fastest first.
 const std::vector<TierStatus>& tiers();
 
+// The one that multiplies bf16. It runs for bf16 images, in inference, in place of the fastest fp32 tier.
+const TierStatus& bf16_tier();
+
 // The one that computes in fp16. It is never the active tier: weights are packed for it on demand, for float16 images.
 const TierStatus& fp16_tier();
 
-// The fp32 tier called `name`; throws std::invalid_argument, which names the tiers there are.
-const TierStatus& find_tier(const std::string& name);
+// All of them: tiers(), then bf16_tier() and fp16_tier().
+const std::vector<const TierStatus*>& all_tiers();
 
-// The fastest tier that can run and does not exceed the cap.
+const TierStatus& status_of(Tier tier);
+
+// The one of all_tiers() called `name`. Throws std::invalid_argument where there is none, with the names that there
+// are, or it cannot run here, with the reason.
+const TierStatus& runnable_tier(const std::string& name);
+
+// The fastest fp32 tier that can run and does not exceed the cap.
 Tier active_tier();
 
-// Caps active_tier() at the tier called `name`; null lifts the cap. Throws std::invalid_argument on an unknown name.
+// The tier for bf16 images in inference: bf16_tier() if it can run and the cap is no fp32 tier, else active_tier().
+Tier active_bf16_tier();
+
+// Caps the tiers at the one called `name`, any but fp16_tier(); null lifts the cap, and bf16_tier() is none. Throws
+// std::invalid_argument on another name.
 void set_max_isa(const char* name);
 const char* max_isa();
 

@@ -6,15 +6,18 @@
 #include <chrono>
 #include <memory>
 
+#include "amx.h"
 #include "pack.h"
 #include "scratch.h"
 
 namespace mbv2 {
 
 #define MBV2_TIER(tier, ...) extern const TierKernels kernels_##tier;
+#define MBV2_BF16_TIER MBV2_TIER
 #define MBV2_FP16_TIER MBV2_TIER
 #include "kernels.inc"
 #undef MBV2_TIER
+#undef MBV2_BF16_TIER
 #undef MBV2_FP16_TIER
 
 namespace {
@@ -79,6 +82,10 @@ const TierKernels* tier_kernels(Tier tier) {
     case Tier::avx512:
       return &kernels_avx512;
 #endif
+#ifdef MBV2_HAVE_AVX512AMX
+    case Tier::avx512amx:
+      return &kernels_avx512amx;
+#endif
 #ifdef MBV2_HAVE_AVX512FP16
     case Tier::avx512fp16:
       return &kernels_avx512fp16;
@@ -89,6 +96,7 @@ const TierKernels* tier_kernels(Tier tier) {
 }
 
 Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
+  if (l.tiles) return tile_plan(a, l, threads);
   const BlockDims& d = a.dims;
   const int64_t reach = (d.kernel - 1) * a.dilation + 1;
   // Measured (csrc/TUNING.md), and flat around these values. CPUs with AVX-512 have twice to four times the L2 of

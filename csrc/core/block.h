@@ -8,8 +8,11 @@
 //   Cout
 //
 // Without expand (MobileNetV1, and t = 1 in MobileNetV2) e is x itself. The padding is zeros in e, not act(b1): it is
-// applied after the activation. All arithmetic is fp32; x and y may be stored in fp32, bf16 or fp16.
-// The fp16 tier's arithmetic is fp16, and so are its x and y.
+// applied after the activation.
+//
+// Arithmetic is fp32, and x and y may be stored in fp32, bf16 or fp16; but for two tiers whose x and y have one type.
+// The fp16 tier's arithmetic is fp16. The bf16 tier multiplies bf16 numbers, to which it rounds w1, w2, e and d, and
+// adds up in fp32; its depthwise pass is fp32 but for what it reads and writes.
 //
 // Layout: x and y are channels_last, [N][H][W][channels], channels contiguous; x may have gaps between pixels and rows
 // (a channel slice), y is dense.
@@ -52,7 +55,7 @@ struct BlockArgs {
 // ---- Packed weights -------------------------------------------------------------------------------------------------
 // One array a block: a header, then sections of the numbers that the tier computes with (fp32, or fp16 for the fp16
 // tier), each aligned to 64 bytes. A "panel" is the width of a register tile in vectors; the last panel of a matrix may
-// be narrower. Channels are padded with zeros to whole vectors.
+// be narrower. Channels are padded with zeros to whole vectors. Those of the bf16 tier: amx.h.
 //
 //   w1  [hidden panels][Cin][panel]        b1 [hidden padded]
 //   wd  [hidden vectors][k*k][vector]      b2 [hidden padded]
@@ -68,6 +71,7 @@ struct PackedLayout {
   int64_t hidden_padded, out_padded;
   int64_t w1, b1, wd, b2, w2, b3;  // offsets in numbers
   int64_t size;                    // of the whole, header included, in floats
+  bool tiles = false;              // the sections are as amx.h says
 };
 
 struct RawWeights {  // torch's shapes, fp32, contiguous; biases may be null
@@ -147,6 +151,8 @@ struct TierKernels {
   float (*fma_chains)(int64_t iterations);
   // Of the tier that computes in fp16: weights as such; false if one becomes infinite.
   bool (*narrow)(const float* from, int64_t count, void* to) = nullptr;
+
+  bool tiles = false;  // weights and calls are as amx.h says
 
   int real_bytes() const { return narrow ? 2 : 4; }  // of a number that the tier computes with
 };

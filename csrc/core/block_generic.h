@@ -1,4 +1,5 @@
-// The fused block over the register tiles of tile_generic.h, which says what may not be done here.
+// The fused block over the register tiles of tile_generic.h and the depthwise pass of depthwise_generic.h. The former
+// says what may not be done here.
 //
 // Data flow of one work item, for a band of output rows at a time:
 //
@@ -33,170 +34,24 @@ struct ExpandEpilogue {
   ALWAYS_INLINE void skip(int64_t rows) { offset += rows; }
 };
 
-// ---- Depthwise ------------------------------------------------------------------------------------------------------
+// ---- Depthwise: e as x is stored, d as Real -------------------------------------------------------------------------
 
 // Whether the depthwise pass reads 16-bit storage itself: where a patch has several rows, so that a pixel is converted
 // little more than once.
 constexpr bool kPatchesOfHalves = V::kMaxPatchHeight > 1;
 
-// A group of output rows, of e as it is stored: as Real in a ring, or as x if there is no expand.
 template <class Storage>
-struct Depthwise {
+struct ToReal {
   using Element = typename Storage::Element;
-  const Element* const* rows;  // [group][kernel]: rows of e under the kernel's rows; null where one lies in the padding
-  int64_t group;
-  int64_t pitch;         // from a pixel of e to the next, in numbers
-  int64_t first_column;  // column of e under output column 0's first tap; negative: in the padding
-  int64_t width;         // columns that exist
-  int64_t out_pitch, out_width;
-  int64_t kernel, stride, dilation;
-  int64_t vectors;      // of channels
-  const Real* weights;  // [vector][k*k][V::width]
-  const Real* bias;
-  Real* out;  // [group][out_width][out_pitch]
-  Clamp clamp;
+  using Result = Real;
+  static constexpr int kParts = 1;
+  static constexpr bool kAnyKernel = Storage::kOwn;  // other kernels, rare without expand, are not worth the code
+  template <int>
+  static ALWAYS_INLINE V::T load(const Element* p) {
+    return Storage::load(p);
+  }
+  static ALWAYS_INLINE void store(Real* p, V::T v) { V::store(p, v); }
 };
-
-// Height x Width neighbouring outputs, one vector of channels. Each loaded pixel serves all the taps that it takes part
-// in. Every Kernel-th column in turn: that is one multiply-add for each output, so that none waits for its last.
-template <class Storage, int Kernel, int Stride, int Height, int Width>
-ALWAYS_INLINE void depthwise_patch(const typename Storage::Element* const* rows, int64_t at, int64_t pitch,
-                                   const Real* weights, const Real* bias, const Clamp& clamp, Real* out,
-                                   int64_t out_row, int64_t out_pitch) {
-  V::T acc[Height][Width], w[Kernel][Kernel];
-  const V::T start = V::load(bias);
-  UNROLL for (int y = 0; y < Height; ++y) UNROLL for (int x = 0; x < Width; ++x) acc[y][x] = start;
-  UNROLL for (int r = 0; r < (Height - 1) * Stride + Kernel; ++r) {
-    if (r < Kernel) {
-      UNROLL for (int t = 0; t < Kernel; ++t) w[r][t] = V::load(weights + (r * Kernel + t) * V::width);
-    }
-    if (!rows[r]) continue;
-    constexpr int kColumns = (Width - 1) * Stride + Kernel, kBases = (kColumns + 2) / 3;  // as in tile()
-    const typename Storage::Element* base[kBases] = {rows[r] + at};
-    UNROLL for (int i = 1; i < kBases; ++i) {
-      KEEP(base[i - 1]);  // else a register for each column's offset is computed ahead, and does not stay in one
-      base[i] = base[i - 1] + 3 * pitch;
-    }
-    UNROLL for (int first = 0; first < Kernel; ++first) {
-      UNROLL for (int c = first; c < kColumns; c += Kernel) {
-        const V::T pixel = Storage::load(base[c / 3] + (c % 3) * pitch);
-        UNROLL for (int y = 0; y < Height; ++y) UNROLL for (int x = 0; x < Width; ++x) {
-          const int dy = r - y * Stride, dx = c - x * Stride;
-          if (dy >= 0 && dy < Kernel && dx >= 0 && dx < Kernel) acc[y][x] = V::fma(pixel, w[dy][dx], acc[y][x]);
-        }
-      }
-    }
-  }
-  const V::T lo = V::set(clamp.lo), hi = V::set(clamp.hi);
-  UNROLL for (int y = 0; y < Height; ++y) {
-    UNROLL for (int x = 0; x < Width; ++x) V::store(out + y * out_row + x * out_pitch, V::clamp(acc[y][x], lo, hi));
-  }
-}
-
-// Any stride, dilation, and columns in the padding: one output at a time. Kernel 0: any, too.
-template <int Kernel, class Storage>
-NOINLINE void depthwise_edge(const Depthwise<Storage>& d, int64_t begin, int64_t end) {
-  const int64_t kernel = Kernel ? Kernel : d.kernel;
-  const V::T lo = V::set(d.clamp.lo), hi = V::set(d.clamp.hi);
-  for (int64_t oy = 0; oy < d.group; ++oy) {
-    const auto* rows = d.rows + oy * kernel;
-    for (int64_t ox = begin; ox < end; ++ox) {
-      const int64_t column = d.first_column + ox * d.stride;
-      for (int64_t v = 0; v < d.vectors; ++v) {
-        V::T acc = V::load(d.bias + v * V::width);
-        const Real* w = d.weights + v * kernel * kernel * V::width;
-        UNROLL for (int64_t dy = 0; dy < kernel; ++dy) {
-          if (!rows[dy]) continue;
-          UNROLL for (int64_t dx = 0; dx < kernel; ++dx) {
-            const int64_t c = column + dx * d.dilation;
-            if (c < 0 || c >= d.width) continue;
-            const V::T pixel = Storage::load(rows[dy] + c * d.pitch + v * V::width);
-            acc = V::fma(pixel, V::load(w + (dy * kernel + dx) * V::width), acc);
-          }
-        }
-        V::store(d.out + (oy * d.out_width + ox) * d.out_pitch + v * V::width, V::clamp(acc, lo, hi));
-      }
-    }
-  }
-}
-
-// `count` patches side by side, from output row `oy` and column `ox` on.
-template <int Kernel, int Stride, int Height, int Width, class Storage>
-NOINLINE void depthwise_patches(const Depthwise<Storage>& d, int64_t oy, int64_t ox, int64_t count) {
-  const typename Storage::Element* rows[(Height - 1) * Stride + Kernel];
-  UNROLL for (int y = 0; y < Height; ++y) UNROLL for (int dy = 0; dy < Kernel; ++dy) {
-    rows[y * Stride + dy] = d.rows[(oy + y) * Kernel + dy];
-  }
-  const int64_t pitch = d.pitch, out_pitch = d.out_pitch, out_row = d.out_width * out_pitch;
-  Real* out = d.out + oy * out_row + ox * out_pitch;
-  int64_t at = (d.first_column + ox * Stride) * pitch;
-  for (int64_t i = count; i > 0; --i, at += Width * Stride * pitch, out += Width * out_pitch)
-    for (int64_t v = 0; v < d.vectors; ++v)
-      depthwise_patch<Storage, Kernel, Stride, Height, Width>(
-          rows, at + v * V::width, pitch, d.weights + v * (Kernel * Kernel * V::width), d.bias + v * V::width, d.clamp,
-          out + v * V::width, out_row, out_pitch);
-}
-
-template <int Kernel, int Stride, int Height, int Width, class Storage>
-ALWAYS_INLINE void depthwise_patches_of_width(int64_t width, const Depthwise<Storage>& d, int64_t oy, int64_t ox,
-                                              int64_t count) {
-  if constexpr (Width >= 1) {
-    if (width == Width)
-      depthwise_patches<Kernel, Stride, Height, Width>(d, oy, ox, count);
-    else
-      depthwise_patches_of_width<Kernel, Stride, Height, Width - 1>(width, d, oy, ox, count);
-  }
-}
-
-// Columns [begin, end), whose taps all exist, in patches as equally wide as can be.
-template <int Kernel, int Stride, int Height, class Storage>
-ALWAYS_INLINE void depthwise_patches_of_height(int64_t height, const Depthwise<Storage>& d, int64_t oy, int64_t begin,
-                                               int64_t end) {
-  if constexpr (Height >= 1) {
-    if (height != Height) return depthwise_patches_of_height<Kernel, Stride, Height - 1>(height, d, oy, begin, end);
-    constexpr int kMax = V::kMaxPatch[Height];
-    const int64_t width = end - begin, count = ceil_div(width, kMax);
-    const int64_t low = width / count, longer = width % count;
-    if (longer) depthwise_patches_of_width<Kernel, Stride, Height, kMax>(low + 1, d, oy, begin, longer);
-    depthwise_patches_of_width<Kernel, Stride, Height, kMax>(low, d, oy, begin + longer * (low + 1), count - longer);
-  }
-}
-
-template <int Kernel, int Stride, class Storage>
-static void depthwise_inner(const Depthwise<Storage>& d, int64_t begin, int64_t end) {
-  constexpr int kMax = Kernel == 3 ? V::kMaxPatchHeight : 1;  // the weights of a larger kernel do not stay in registers
-  const int64_t count = ceil_div(d.group, kMax);
-  for (int64_t i = 0, oy = 0; i < count; ++i) {
-    const int64_t height = (d.group - oy) / (count - i);
-    depthwise_patches_of_height<Kernel, Stride, kMax>(height, d, oy, begin, end);
-    oy += height;
-  }
-}
-
-// Of 16-bit storage with kernel 3 only: other kernels, rare without expand, are not worth the code.
-template <class Storage>
-static void depthwise_rows(const Depthwise<Storage>& d) {
-  // outputs whose first tap is at column >= 0 and whose last tap is at column < width
-  const int64_t reach = (d.kernel - 1) * d.dilation;
-  int64_t begin = d.first_column >= 0 ? 0 : ceil_div(-d.first_column, d.stride);
-  const int64_t last = d.width - 1 - reach - d.first_column;
-  int64_t end = last < 0 ? 0 : last / d.stride + 1;
-  begin = min64(begin, d.out_width);
-  end = max64(begin, min64(end, d.out_width));
-  const bool fast = d.dilation == 1 && (d.stride == 1 || d.stride == 2) && (d.kernel == 3 || d.kernel == 5);
-  if (!fast) begin = end = d.out_width;
-  const auto run = [&](auto edge, auto stride_1, auto stride_2) {
-    edge(d, 0, begin);
-    edge(d, end, d.out_width);
-    if (begin != end) d.stride == 1 ? stride_1(d, begin, end) : stride_2(d, begin, end);
-  };
-  if (!Storage::kOwn || d.kernel == 3)
-    return run(depthwise_edge<3, Storage>, depthwise_inner<3, 1, Storage>, depthwise_inner<3, 2, Storage>);
-  if constexpr (Storage::kOwn) {
-    const auto edge = d.kernel == 5 ? depthwise_edge<5, Storage> : depthwise_edge<0, Storage>;
-    run(edge, depthwise_inner<5, 1, Storage>, depthwise_inner<5, 2, Storage>);
-  }
-}
 
 // ---- One work item --------------------------------------------------------------------------------------------------
 
@@ -349,7 +204,7 @@ struct Item {
         to[(oy - begin) * k + dy] = row < 0 || row >= a.height ? nullptr : row_at(row);
       }
     }
-    Depthwise<From> p;
+    Depthwise<ToReal<From>> p;
     p.rows = to;
     p.group = end - begin;
     p.pitch = pitch;
@@ -360,7 +215,7 @@ struct Item {
     p.dilation = a.dilation;
     p.out_pitch = plan.chunk;
     p.out_width = a.out_width;
-    p.vectors = vectors;
+    p.runs = vectors;
     p.weights = packed + l.wd + hidden * k * k;
     p.bias = packed + l.b2 + hidden;
     p.out = d;

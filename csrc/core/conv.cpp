@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "amx.h"
 #include "pack.h"
 #include "scratch.h"
 
@@ -26,6 +27,7 @@ PackedHeader header_for(const ConvDims& d, Tier tier) {
 
 ConvLayout conv_layout(const ConvDims& d, Tier tier) {
   const TierKernels* kernels = tier_kernels(tier);
+  if (kernels->tiles) return tile_layout(d);
   const int64_t header = packed_header(*kernels);
   ConvLayout l;
   l.vector = kernels->vector;
@@ -42,6 +44,7 @@ bool pack_conv(const ConvDims& d, const float* weight, const float* bias, Tier t
   const TierKernels& kernels = *tier_kernels(tier);
   const int64_t window = d.kernel * d.kernel, depth = window * d.in_channels;
   return write_packed(header_for(d, tier), kernels, l.size * 4 / kernels.real_bytes(), packed, [&](float* numbers) {
+    if (kernels.tiles) return pack_tiles(d, weight, bias, numbers);
     for (int64_t o = 0; o < d.out_channels; ++o) {
       const int64_t panel = o / (l.panel * l.vector), first = panel * l.panel * l.vector;
       const int64_t width = l.out_padded - first < l.panel * l.vector ? l.out_padded - first : l.panel * l.vector;

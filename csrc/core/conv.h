@@ -4,8 +4,8 @@
 //   y[q][o] = act( b[o] + sum_{dy,dx,i} w[o][dy][dx][i] * x[stride*q + (dy,dx) - pad][i] )        (zero outside the
 //   image)
 //
-// x may have any strides (a camera's NCHW picture is read as it is); y is dense channels_last. fp32 arithmetic, or the
-// fp16 tier's.
+// x may have any strides (a camera's NCHW picture is read as it is); y is dense channels_last. Arithmetic as
+// block.h has it: fp32, or the fp16 tier's, or products of bf16.
 #pragma once
 
 #include "block.h"
@@ -29,7 +29,7 @@ struct ConvArgs {
   const float* packed;  // from pack_conv(), for the same tier
 };
 
-//   w [out panels][k][k][Cin][panel]      b [out padded]
+//   w [out panels][k][k][Cin][panel]      b [out padded]          the bf16 tier's: amx.h
 struct ConvLayout {
   int vector, panel;
   int64_t out_padded;

@@ -6,6 +6,8 @@
 
 #include "storage_generic.h"
 
+#include "depthwise_generic.h"
+
 #include "block_generic.h"
 #include "conv_generic.h"
 #include "linear_generic.h"

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "amx.h"
 #include "block.h"
 
 namespace mbv2 {
@@ -88,14 +89,14 @@ bool read_header(const float* packed, int64_t size, uint32_t magic, PackedHeader
   std::memcpy(header, packed, sizeof *header);
   if (header->magic != magic) return false;
   *tier = static_cast<Tier>(header->tier);
-  if (*tier == fp16_tier().tier) return fp16_tier().runnable;
-  for (const TierStatus& status : tiers())  // it may come from another machine
-    if (status.tier == *tier) return status.runnable;
+  for (const TierStatus* status : all_tiers())  // it may come from another machine
+    if (status->tier == *tier) return status->runnable;
   return false;
 }
 
 PackedLayout packed_layout(const BlockDims& d, Tier tier) {
   const TierKernels* kernels = tier_kernels(tier);
+  if (kernels->tiles) return tile_layout(d);
   PackedLayout l;
   l.vector = kernels->vector;
   l.real_bytes = kernels->real_bytes();
@@ -139,6 +140,7 @@ bool write_packed(const PackedHeader& header, const TierKernels& kernels, int64_
 bool pack(const BlockDims& d, const RawWeights& raw, Tier tier, float* packed) {
   const PackedLayout l = packed_layout(d, tier);
   return write_packed(header_for(d, tier), *tier_kernels(tier), l.size * 4 / l.real_bytes, packed, [&](float* to) {
+    if (tier_kernels(tier)->tiles) return pack_tiles(d, raw, to);
     if (d.expand) {
       pack_matrix(raw.w_expand, d.hidden_channels, d.in_channels, l.hidden_padded, l.hidden_panel * l.vector,
                   to + l.w1);

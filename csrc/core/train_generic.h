@@ -696,7 +696,7 @@ struct TrainWork {
     if (!expand)
       for (int64_t row = end_input_row(end), last = end_input_row(end + 1); row < last; ++row)
         fetch_row(input_row(row) + panel.hidden, input_pitch());
-    Depthwise<Own> d;
+    Depthwise<ToReal<Own>> d;
     d.rows = rows;
     d.group = end - begin;
     d.kernel = k;
@@ -704,7 +704,7 @@ struct TrainWork {
     d.dilation = a.dilation;
     d.out_pitch = plan.pitch;
     d.out_width = a.out_width;
-    d.vectors = panel.vectors;
+    d.runs = panel.vectors;
     d.weights = packed + l.depthwise + panel.hidden * k * k;
     d.bias = kZeros;
     d.clamp = {-kInfinity, kInfinity};

@@ -49,6 +49,8 @@ ALWAYS_INLINE void with_storage(DType, const Run& run) {
   run(Own{});
 }
 
+#include "depthwise_generic.h"
+
 #include "block_generic.h"
 #include "conv_generic.h"
 

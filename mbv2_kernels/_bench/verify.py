@@ -14,6 +14,9 @@ from .inputs import block_inputs
 # The largest ||y - ref|| / ||ref|| allowed, ref in fp64 on the same rounded inputs and weights.
 ERROR_BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
+# What is kept between a block's products is rounded to bfloat16 by both paths: no bound that PyTorch exceeds itself.
+BFLOAT16_SLACK = 1.5
+
 # With fp16 accumulation: of a block, what it may be off by in bfloat16; of a network, so many times the unfused one's.
 FP16_ACCUMULATION_BOUND = ERROR_BOUNDS[torch.bfloat16]
 FP16_ACCUMULATION_SLACK = 10
@@ -39,7 +42,8 @@ def error_limit(
     network: bool = False,
     fp16_accumulation: bool = False,
 ) -> float:
-    """The error that a fused result may have: of a block, in no case more than `ERROR_BOUNDS`; and the largest of
+    """The error that a fused result may have: of a block, in no case more than `ERROR_BOUNDS` (in bfloat16
+    `BFLOAT16_SLACK` times the error of the unfused path, where that is more: see below); and the largest of
 
     - twice the error of the unfused path in the same dtype;
     - 2^-24 sqrt(terms): a sum of `terms` numbers in float32, one after the other (see `summands`). Each addition rounds
@@ -50,6 +54,10 @@ def error_limit(
       channel out of 960 wrong by a hundredth is 1e-4;
     - half a unit in the last place: results have to be rounded.
 
+    In bfloat16 the tier for it rounds what it keeps between products, as PyTorch rounds what it stores between layers.
+    So both err alike (measured: 0.85 to 1.31 times), and where few pixels with little spread make PyTorch exceed the
+    bound (8.5e-3, features.14 of MobileNetV2 on 2x2 pixels) no kernel that multiplies bfloat16 can keep it.
+
     Through a network errors grow with its depth, so that the bound of a block says nothing there.
 
     With fp16 accumulation, which trades exactness, `FP16_ACCUMULATION_BOUND`.
@@ -58,7 +66,8 @@ def error_limit(
         return max(FP16_ACCUMULATION_BOUND, FP16_ACCUMULATION_SLACK * unfused_error if network else 0.0)
     limit = max(2 * unfused_error, 2**-24 * terms**0.5)
     if not network:
-        limit = min(limit, ERROR_BOUNDS[dtype])
+        slack = BFLOAT16_SLACK if dtype is torch.bfloat16 else 0.0
+        limit = min(limit, max(ERROR_BOUNDS[dtype], slack * unfused_error))
     return max(limit, torch.finfo(dtype).eps / 2)
 
 

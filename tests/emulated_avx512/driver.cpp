@@ -1,7 +1,10 @@
-// C entries to the core for tests/test_avx512_emulated.py: run a block, or a phase of a training step, by the AVX-512
-// tier.
+// C entries to the core for tests/test_avx512_emulated.py: run a block or a convolution by an emulated tier, or a phase
+// of a training step by the AVX-512 tier.
+#include <cstring>
 #include <vector>
 
+#include "conv.h"
+#include "tiles.h"
 #include "train.h"
 #include "train_norm.h"
 #include "train_window.h"
@@ -14,9 +17,18 @@ mbv2::Parallel serial(int threads) {
   return {[](int64_t items, void* context, mbv2::ParallelBody body) { body(context, 0, items); }, threads};
 }
 
+// Whether it can run here or not.
+mbv2::Tier tier_called(const char* name) {
+  for (const mbv2::TierStatus* status : mbv2::all_tiers())
+    if (std::strcmp(status->name, name) == 0) return status->tier;
+  std::abort();
+}
+
+void require_released_tiles() { emulated::require(!emulated::tiles.configured, "tiles that are not released"); }
+
 }  // namespace
 
-extern "C" void run(const int64_t* n, const float* const* w, const void* x, void* y, int threads) {
+extern "C" void run(const char* name, const int64_t* n, const float* const* w, const void* x, void* y, int threads) {
   using namespace mbv2;
   BlockArgs a = {};
   a.dims = {n[0], n[1], n[2], static_cast<int>(n[3]), w[0] != nullptr};
@@ -37,11 +49,42 @@ extern "C" void run(const int64_t* n, const float* const* w, const void* x, void
   a.x_stride_row = a.width * a.x_stride_pixel;
   a.x_stride_image = a.height * a.x_stride_row;
   a.y = y;
-  const PackedLayout layout = packed_layout(a.dims, Tier::avx512);
+  const Tier tier = tier_called(name);
+  const PackedLayout layout = packed_layout(a.dims, tier);
   std::vector<float> packed(static_cast<size_t>(layout.size));
-  pack(a.dims, {w[0], w[1], w[2], w[3], w[4], w[5]}, Tier::avx512, packed.data());
+  pack(a.dims, {w[0], w[1], w[2], w[3], w[4], w[5]}, tier, packed.data());
   a.packed = packed.data();
-  run_block(a, Tier::avx512, make_plan(a, layout, threads), serial(threads));
+  run_block(a, tier, make_plan(a, layout, threads), serial(threads));
+  require_released_tiles();
+}
+
+// n: as the test lists them.
+extern "C" void convolve(const char* name, const int64_t* n, const float* weight, const float* bias, const void* x,
+                         void* y, int threads) {
+  using namespace mbv2;
+  ConvArgs a = {};
+  a.dims = {n[0], n[1], static_cast<int>(n[2])};
+  a.batch = n[3];
+  a.height = n[4];
+  a.width = n[5];
+  a.out_height = n[6];
+  a.out_width = n[7];
+  a.stride = n[8];
+  a.pad_top = a.pad_left = n[9];
+  a.dtype = static_cast<DType>(n[10]);
+  a.activation = kClamps[n[11]];
+  a.x_stride_image = n[12];
+  a.x_stride_channel = n[13];
+  a.x_stride_row = n[14];
+  a.x_stride_pixel = n[15];
+  a.x = x;
+  a.y = y;
+  const Tier tier = tier_called(name);
+  std::vector<float> packed(static_cast<size_t>(conv_layout(a.dims, tier).size));
+  pack_conv(a.dims, weight, bias, tier, packed.data());
+  a.packed = packed.data();
+  run_conv(a, tier, serial(threads));
+  require_released_tiles();
 }
 
 // n: as the test lists them. in, out: the tensors in the order of the members of TrainArgs.

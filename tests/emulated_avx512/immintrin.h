@@ -1,9 +1,12 @@
-// Stands in front of the compiler's <immintrin.h> to run csrc/core/x86_avx512.cpp on a CPU with AVX2 only: every
-// AVX-512 intrinsic that the file uses, on two AVX2 registers or lane by lane, as Intel's guide defines it. An
-// intrinsic that is missing here does not compile. It shows that the arithmetic is right, and nothing about speed.
+// Stands in front of the compiler's <immintrin.h> to run csrc/core/x86_avx512.cpp and x86_avx512amx.cpp on a CPU with
+// AVX2 only: every AVX-512 intrinsic that the files use, on two AVX2 registers or lane by lane, as Intel's guide
+// defines it; tiles.h has those of AMX. An intrinsic that is missing here does not compile. It shows that the
+// arithmetic is right, and nothing about speed.
 #pragma once
 
 #include_next <immintrin.h>
+
+#include "tiles.h"
 
 namespace emulated {
 
@@ -163,20 +166,61 @@ EMULATED __m512i mask_add_epi32(__m512i other, __mmask16 mask, __m512i a, __m512
 EMULATED __m512i mask_or_epi32(__m512i other, __mmask16 mask, __m512i a, __m512i b) {
   return mask_blend_epi32(mask, other, or_si512(a, b));
 }
-EMULATED __m256i maskz_loadu_epi16(__mmask16 mask, const void* p) {
-  short lanes[16] = {};
-  for (int i = 0; i < 16; ++i)
+// Of 16-bit numbers, in registers of any width.
+template <class Whole>
+EMULATED Whole maskz_loadu_epi16(unsigned mask, const void* p) {
+  short lanes[sizeof(Whole) / 2] = {};
+  for (unsigned i = 0; i < sizeof(Whole) / 2; ++i)
     if (mask >> i & 1) lanes[i] = static_cast<const short*>(p)[i];
-  __m256i v;
+  Whole v;
   __builtin_memcpy(&v, lanes, sizeof v);
   return v;
 }
-EMULATED void mask_storeu_epi16(void* p, __mmask16 mask, __m256i v) {
-  short lanes[16];
+template <class Whole>
+EMULATED void mask_storeu_epi16(void* p, unsigned mask, Whole v) {
+  short lanes[sizeof(Whole) / 2];
   __builtin_memcpy(lanes, &v, sizeof lanes);
-  for (int i = 0; i < 16; ++i)
+  for (unsigned i = 0; i < sizeof(Whole) / 2; ++i)
     if (mask >> i & 1) static_cast<short*>(p)[i] = lanes[i];
 }
+EMULATED __m512i loadu_si512(const void* p) {
+  __m512i v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+EMULATED void storeu_si512(void* p, __m512i v) { __builtin_memcpy(p, &v, sizeof v); }
+EMULATED __m512i setzero_si512() { return set1_epi32(0); }
+// To nearest, ties to even; denormals become zero, NaN quiet.
+EMULATED void round_to_bf16(__m512 v, unsigned short* to) {
+  unsigned lanes[16];
+  __builtin_memcpy(lanes, &v, sizeof lanes);
+  for (int i = 0; i < 16; ++i) {
+    const unsigned bits = lanes[i], magnitude = bits & 0x7fffffff;
+    if (magnitude < 0x00800000)
+      to[i] = static_cast<unsigned short>(bits >> 16 & 0x8000);
+    else if (magnitude > 0x7f800000)
+      to[i] = static_cast<unsigned short>(bits >> 16 | 0x40);
+    else
+      to[i] = static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
+EMULATED __m256bh cvtneps_pbh(__m512 a) {
+  unsigned short lanes[16];
+  round_to_bf16(a, lanes);
+  __m256bh v;
+  __builtin_memcpy(&v, lanes, sizeof v);
+  return v;
+}
+EMULATED __m512bh maskz_cvtne2ps_pbh(unsigned mask, __m512 a, __m512 b) {  // b's numbers first
+  unsigned short lanes[32];
+  round_to_bf16(b, lanes);
+  round_to_bf16(a, lanes + 16);
+  for (int i = 0; i < 32; ++i) lanes[i] = mask >> i & 1 ? lanes[i] : 0;
+  __m512bh v;
+  __builtin_memcpy(&v, lanes, sizeof v);
+  return v;
+}
+EMULATED __m512bh cvtne2ps_pbh(__m512 a, __m512 b) { return maskz_cvtne2ps_pbh(0xffffffff, a, b); }
 EMULATED __m512 mask_mov_ps(__m512 a, __mmask16 mask, __m512 b) {  // b where the bit is set
   return castsi512_ps(mask_blend_epi32(mask, castps_si512(a), castps_si512(b)));
 }
@@ -207,8 +251,9 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #undef _mm512_cmp_ps_mask
 #undef _mm512_cvtps_ph
 #undef _mm512_shuffle_ps
+#define _mm_maskz_loadu_epi16 emulated::maskz_loadu_epi16<__m128i>
 #define _mm256_mask_storeu_epi16 emulated::mask_storeu_epi16
-#define _mm256_maskz_loadu_epi16 emulated::maskz_loadu_epi16
+#define _mm256_maskz_loadu_epi16 emulated::maskz_loadu_epi16<__m256i>
 #define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_add_ps emulated::add_ps
 #define _mm512_and_si512 emulated::and_si512
@@ -218,16 +263,22 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_cmp_ps_mask emulated::cmp_ps_mask
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
+#define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtps_ph(a, rounding) emulated::cvtps_ph<rounding>(a)
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #define _mm512_loadu_ps emulated::loadu_ps
+#define _mm512_loadu_si512 emulated::loadu_si512
 #define _mm512_mask_add_epi32 emulated::mask_add_epi32
 #define _mm512_mask_mov_ps emulated::mask_mov_ps
 #define _mm512_mask_or_epi32 emulated::mask_or_epi32
+#define _mm512_mask_storeu_epi16 emulated::mask_storeu_epi16
 #define _mm512_mask_storeu_ps emulated::mask_storeu_ps
 #define _mm512_maskz_compress_ps emulated::maskz_compress_ps
+#define _mm512_maskz_cvtne2ps_pbh emulated::maskz_cvtne2ps_pbh
 #define _mm512_maskz_expand_ps emulated::maskz_expand_ps
+#define _mm512_maskz_loadu_epi16 emulated::maskz_loadu_epi16<__m512i>
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_min_ps emulated::min_ps
@@ -237,10 +288,12 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_set1_pd emulated::set1_pd
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_setzero_ps emulated::setzero_ps
+#define _mm512_setzero_si512 emulated::setzero_si512
 #define _mm512_shuffle_ps(a, b, lanes) emulated::shuffle_ps<lanes>(a, b)
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_storeu_ps emulated::storeu_ps
+#define _mm512_storeu_si512 emulated::storeu_si512
 #define _mm512_stream_ps emulated::storeu_ps
 #define _mm512_sub_ps emulated::sub_ps
 #define _mm512_test_epi32_mask emulated::test_epi32_mask

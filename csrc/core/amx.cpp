@@ -1,0 +1,138 @@
+// Packs weights for the bf16 tier, and cuts its calls into work items.
+#include "amx.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "pack.h"
+
+namespace mbv2 {
+namespace {
+
+// Rounded to nearest, ties to even; a NaN stays one.
+uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// weight(channel, k) as tiles.
+template <class Weight>
+void fill_tiles(int64_t channels, int64_t depth, float* packed, const Weight& weight) {
+  auto* to = reinterpret_cast<uint16_t*>(packed);
+  const TileDepth d = tile_depth(depth);
+  for (int64_t first = 0; first < channels; first += kTileRows)
+    for (int64_t k = 0; k < d.padded(); k += 2)
+      for (int64_t c = first; c < first + kTileRows; ++c)
+        for (int64_t i = k; i < k + 2; ++i)
+          *to++ = c < channels && i < depth ? to_bf16(weight(c, i)) : static_cast<uint16_t>(0);
+}
+
+void fill_bias(const float* bias, int64_t channels, float* to) {
+  for (int64_t c = 0; bias && c < channels; ++c) to[c] = bias[c];
+}
+
+// Where of 32 hidden channels position p of d comes from.
+int64_t channel_at(int64_t p) { return p / 32 * 32 + (p % 32 < 16 ? 2 * (p % 32) : 2 * (p % 32 - 16) + 1); }
+
+// Floats that hold the tiles, in whole cache lines.
+int64_t tile_floats(int64_t padded_channels, int64_t depth) {
+  return round_up(padded_channels * tile_depth(depth).padded() / 2, kPackedHeader);
+}
+
+}  // namespace
+
+PackedLayout tile_layout(const BlockDims& d) {
+  PackedLayout l;
+  l.vector = kTileRows;
+  l.real_bytes = sizeof(float);
+  l.hidden_panel = l.out_panel = 2;
+  l.out_pairs = 0;
+  l.hidden_padded = round_up(d.hidden_channels, 2 * kTileRows);
+  l.out_padded = round_up(d.out_channels, kTileRows);
+  int64_t at = kPackedHeader;
+  const auto section = [&](int64_t floats) {
+    const int64_t begin = at;
+    at += round_up(floats, kPackedHeader);
+    return begin;
+  };
+  l.w1 = section(d.expand ? tile_floats(l.hidden_padded, d.in_channels) : 0);
+  l.b1 = section(d.expand ? l.hidden_padded : 0);
+  l.wd = section(d.kernel * d.kernel * l.hidden_padded);
+  l.b2 = section(l.hidden_padded);
+  l.w2 = section(tile_floats(l.out_padded, l.hidden_padded));
+  l.b3 = section(l.out_padded);
+  l.size = at;
+  l.tiles = true;
+  return l;
+}
+
+void pack_tiles(const BlockDims& d, const RawWeights& raw, float* packed) {
+  const PackedLayout l = tile_layout(d);
+  if (d.expand) {
+    fill_tiles(d.hidden_channels, d.in_channels, packed + l.w1,
+               [&](int64_t c, int64_t k) { return raw.w_expand[c * d.in_channels + k]; });
+    fill_bias(raw.b_expand, d.hidden_channels, packed + l.b1);
+  }
+  const int64_t taps = d.kernel * d.kernel;
+  for (int64_t p = 0; p < l.hidden_padded; ++p) {
+    const int64_t c = channel_at(p);
+    if (c >= d.hidden_channels) continue;
+    for (int64_t t = 0; t < taps; ++t)
+      packed[l.wd + p / kTileRows * kTileRows * taps + t * kTileRows + p % kTileRows] = raw.w_depthwise[c * taps + t];
+    packed[l.b2 + p] = raw.b_depthwise ? raw.b_depthwise[c] : 0.0f;
+  }
+  fill_tiles(d.out_channels, l.hidden_padded, packed + l.w2, [&](int64_t o, int64_t k) {
+    const int64_t c = channel_at(k);
+    return c < d.hidden_channels ? raw.w_project[o * d.hidden_channels + c] : 0.0f;
+  });
+  fill_bias(raw.b_project, d.out_channels, packed + l.b3);
+}
+
+ConvLayout tile_layout(const ConvDims& d) {
+  ConvLayout l;
+  l.vector = kTileRows;
+  l.panel = 2;
+  l.out_padded = round_up(d.out_channels, kTileRows);
+  l.w = kPackedHeader;
+  l.b = l.w + tile_floats(l.out_padded, d.kernel * d.kernel * d.in_channels);
+  l.size = l.b + l.out_padded;
+  return l;
+}
+
+void pack_tiles(const ConvDims& d, const float* weight, const float* bias, float* packed) {
+  const ConvLayout l = tile_layout(d);
+  const int64_t taps = d.kernel * d.kernel;
+  fill_tiles(d.out_channels, taps * d.in_channels, packed + l.w, [&](int64_t o, int64_t k) {
+    return weight[(o * d.in_channels + k % d.in_channels) * taps + k / d.in_channels];
+  });
+  fill_bias(bias, d.out_channels, packed + l.b);
+}
+
+Plan tile_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
+  const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
+  // Measured (csrc/TUNING.md), and flat around these values.
+  constexpr int64_t kPixels = 448, kCache = 768 * 1024, kChunk = 96;
+  Plan p;
+  p.chunk = std::min(kChunk, l.hidden_padded);
+  // Rows a group: as many pixels as make a call of the kernels worth its while, if e's rows and d stay in L2. Without
+  // expand several rows always: the depthwise pass reads what they share from L1.
+  const int64_t row_of_e = a.dims.expand ? (a.width + 2 * a.pad_left) * l.hidden_padded * 2 : 0;
+  const int64_t row_of_d = a.out_width * l.hidden_padded * 2;
+  const auto fits = [&](int64_t rows) {
+    return std::min((rows - 1) * a.stride + reach, a.height) * row_of_e + rows * row_of_d <= kCache;
+  };
+  int64_t group = std::max<int64_t>(kPixels / std::max<int64_t>(a.out_width, 1), a.dims.expand ? 1 : 4);
+  group = std::min(group, std::max<int64_t>(a.out_height, 1));
+  while (group > 1 && !fits(group)) --group;
+  p.group_rows = ceil_divide(a.out_height, ceil_divide(a.out_height, group));
+  p.band_rows = std::max<int64_t>(a.out_height, 1);
+  p.row_parts = p.splits = 1;
+  // Threads: whole images if they share out evenly, else rows of each.
+  if (threads > 1 && a.batch % threads != 0 && a.batch < 4 * threads)
+    p.row_parts = std::max<int64_t>(std::min<int64_t>(threads, a.out_height), 1);
+  return p;
+}
+
+}  // namespace mbv2
