@@ -23,7 +23,7 @@ import torch
 
 from mbv2_kernels._bench.inputs import InputError
 from mbv2_kernels._bench.machine import describe, machine
-from mbv2_kernels._bench.peers import Peer, PeerUnavailable
+from mbv2_kernels._bench.peers import FusedFp16, Peer, PeerUnavailable
 from mbv2_kernels._bench.suite import (
     columns,
     compare_blocks,
@@ -39,6 +39,7 @@ from mbv2_kernels.cli import (
     Parser,
     Progress,
     build,
+    fp16_options,
     network_options,
     origin,
     output_options,
@@ -131,6 +132,8 @@ def compare_command(arguments: argparse.Namespace) -> int:
     threads = arguments.threads or torch.get_num_threads()
     every = network_peers(compiled=not arguments.no_compile)
     singles = block_peers()
+    if arguments.fp16_accumulation:
+        every, singles = ([peers[0], FusedFp16(), *peers[1:]] for peers in (every, singles))
     if arguments.peers:
         wanted = [name.strip() for name in arguments.peers.split(",")]
         known = [peer.name for peer in every]
@@ -189,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="compare.py",
         description=(__doc__ or "").split("\n\n")[0],
-        parents=[network_options(), timing_options(), output_options()],
+        parents=[network_options(), fp16_options(), timing_options(), output_options()],
     )
     parser.add_argument("--peers", metavar="NAMES", help="only these besides ours, separated by commas")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")

@@ -6,9 +6,11 @@ same ONNX graph, made from the BN-folded model itself, so that all peers compute
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -147,6 +149,8 @@ class _OnnxPeer(Peer):
     """A runtime that reads ONNX: `packages` are what it needs, its own first."""
 
     packages: tuple[str, ...]
+    #: What it computes in, by the dtype of the model that it is compared with.
+    precisions: Mapping[torch.dtype, str] = MappingProxyType({torch.float32: "f32"})
 
     def missing(self) -> str | None:
         absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
@@ -156,11 +160,15 @@ class _OnnxPeer(Peer):
         return metadata.version(self.packages[0])
 
     def prepare(self, model: nn.Module, example: Tensor, threads: int) -> Run:
-        if example.dtype != torch.float32 or example.device.type != "cpu":
-            raise PeerUnavailable(f"measured in float32 on the CPU only, not {example.dtype} on {example.device}")
-        return self.load(onnx_model(model, example), example.contiguous(), threads)
+        dtype = example.dtype
+        if dtype not in self.precisions or example.device.type != "cpu":
+            dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in self.precisions)
+            raise PeerUnavailable(f"measured in {dtypes} on the CPU only, not {dtype} on {example.device}")
+        if dtype != torch.float32:  # the same numbers, in the float32 that its files and its pictures hold
+            model, example = copy.deepcopy(model).float(), example.float()
+        return self.load(onnx_model(model, example), example.contiguous(), threads, self.precisions[dtype])
 
-    def load(self, onnx: bytes, example: Tensor, threads: int) -> Run:
+    def load(self, onnx: bytes, example: Tensor, threads: int, precision: str) -> Run:
         raise NotImplementedError
 
 
@@ -170,7 +178,7 @@ class OnnxRuntime(_OnnxPeer):
     name = "ONNX Runtime"
     packages = ("onnxruntime", "onnx")
 
-    def load(self, onnx: bytes, example: Tensor, threads: int) -> Run:
+    def load(self, onnx: bytes, example: Tensor, threads: int, precision: str) -> Run:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -186,12 +194,13 @@ class OnnxRuntime(_OnnxPeer):
 
 
 class OpenVino(_OnnxPeer):
-    """OpenVINO's CPU plugin: f32 arithmetic, latency hint, one stream."""
+    """OpenVINO's CPU plugin: arithmetic of the model's dtype, latency hint, one stream."""
 
     name = "OpenVINO"
     packages = ("openvino", "onnx")
+    precisions = MappingProxyType({torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"})
 
-    def load(self, onnx: bytes, example: Tensor, threads: int) -> Run:
+    def load(self, onnx: bytes, example: Tensor, threads: int, precision: str) -> Run:
         import openvino
 
         core = openvino.Core()
@@ -199,7 +208,7 @@ class OpenVino(_OnnxPeer):
             core.read_model(onnx, b""),
             "CPU",
             {
-                "INFERENCE_PRECISION_HINT": "f32",
+                "INFERENCE_PRECISION_HINT": precision,
                 "PERFORMANCE_HINT": "LATENCY",
                 "NUM_STREAMS": "1",
                 "INFERENCE_NUM_THREADS": str(threads),
