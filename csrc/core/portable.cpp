@@ -21,6 +21,7 @@ struct V {
   static constexpr bool kStreams = false;  // a register is part of a cache line
   static constexpr int kMaxPanel = 2;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 4, 4};
+  static constexpr bool kFetchOften = false;
   static constexpr int kPairedPanel = 0;
   static constexpr int kMaxPatchHeight = 1, kMaxPatch[kMaxPatchHeight + 1] = {0, 4};
   static constexpr int kMaxBackwardRun = 4;

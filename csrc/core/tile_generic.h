@@ -92,10 +92,29 @@ struct Steps<true, W> {
   }
 };
 
+// Memory that will be wanted after a product, brought into L2 meanwhile. At batch 1 every weight is used once a call
+// and comes from L3 or from memory.
+struct Fetch {
+  const void* next;
+  int64_t bytes;
+};
+// A few cache lines of it at a time: more at once than a core can wait for hold up all else. So where arithmetic is
+// fast (V::kFetchOften) some in each round of a tile's loop, elsewhere, where asking would cost more, in each tile.
+struct FetchLines {
+  const char *next, *end;
+  int64_t lines;  // at a time
+  ALWAYS_INLINE FetchLines(const Fetch& fetch, int64_t times)
+      : next(static_cast<const char*>(fetch.next)), end(next + fetch.bytes), lines(ceil_div(fetch.bytes, 64 * times)) {}
+  ALWAYS_INLINE void operator()() {
+    if (next >= end) return;
+    for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 // b: [segments * depth][ldb], or paired [depth / 2][ldb] in one segment. epilogue: start(j), store(row, j, value), and
 // skip(rows) to go on to the next tile.
 template <bool Paired, int Height, int Panel, class Epilogue>
-ALWAYS_INLINE void tile(const Rows& a, const Real* b, int64_t ldb, const Epilogue& epilogue) {
+ALWAYS_INLINE void tile(const Rows& a, const Real* b, int64_t ldb, FetchLines& fetch, const Epilogue& epilogue) {
   using Step = Steps<Paired>;
   V::T acc[Height][Panel];
   Step::template start<Panel>(epilogue, acc[0]);
@@ -109,6 +128,7 @@ ALWAYS_INLINE void tile(const Rows& a, const Real* b, int64_t ldb, const Epilogu
   for (int64_t segment = a.segments; segment > 0; --segment) {
     int64_t k = depth;
     for (; k >= 4; k -= 4) {
+      if constexpr (V::kFetchOften) fetch();
       UNROLL for (int u = 0; u < 4; ++u) {
         V::T w[Panel];
         UNROLL for (int j = 0; j < Panel; ++j) w[j] = V::load(b + u * ldb + j * V::width);
@@ -174,9 +194,10 @@ struct LastPart {
 
 // tile(), in parts of whole rounds of its loop, as equal as can be.
 template <bool Paired, int Height, int Panel, class Epilogue>
-ALWAYS_INLINE void tile_in_parts(const Rows& a, const Real* b, int64_t ldb, const Epilogue& epilogue) {
+ALWAYS_INLINE void tile_in_parts(const Rows& a, const Real* b, int64_t ldb, FetchLines& fetch,
+                                 const Epilogue& epilogue) {
   if (V::kPart == 0 || (a.segments == 1 && a.depth <= V::kPart))
-    return tile<Paired, Height, Panel>(a, b, ldb, epilogue);
+    return tile<Paired, Height, Panel>(a, b, ldb, fetch, epilogue);
   if constexpr (V::kPart > 0) {
     constexpr int kDepth = Steps<Paired>::kDepth;
     alignas(64) Real totals[Height * Panel * V::width];
@@ -190,47 +211,35 @@ ALWAYS_INLINE void tile_in_parts(const Rows& a, const Real* b, int64_t ldb, cons
            rest -= most, part.first += most, b += part.depth / kDepth * ldb, first = false) {
         part.depth = min64(rest, most);
         if (segment == a.segments && rest <= most) {
-          return tile<Paired, Height, Panel>(part, b, ldb, LastPart<Panel, Epilogue>{epilogue, totals});
+          return tile<Paired, Height, Panel>(part, b, ldb, fetch, LastPart<Panel, Epilogue>{epilogue, totals});
         }
-        tile<Paired, Height, Panel>(part, b, ldb, Part<Panel, Epilogue>{epilogue, first, totals});
+        tile<Paired, Height, Panel>(part, b, ldb, fetch, Part<Panel, Epilogue>{epilogue, first, totals});
       }
     }
   }
 }
 
-// Memory that will be wanted after this product, brought into L2 meanwhile, a few cache lines a tile. At batch 1 every
-// weight is used once a call and comes from L3 or from memory.
-struct Fetch {
-  const void* next;
-  int64_t bytes;
-};
-struct FetchTile {
-  const char* next;
-  int64_t lines;  // a tile
-  ALWAYS_INLINE void operator()() {
-    for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
-  }
-};
-
 // `count` tiles of the same height below each other, from row `row` on. Where the depth is short (16 in MobileNetV2's
 // second block) what a tile does besides multiplying counts: few calls, and pointers that step instead of being
 // computed anew.
 template <bool Paired, int Height, int Panel, class Epilogue>
-NOINLINE void tiles(Rows a, int64_t row, int64_t count, const Real* b, int64_t ldb, FetchTile fetch,
+NOINLINE void tiles(Rows a, int64_t row, int64_t count, const Real* b, int64_t ldb, FetchLines& fetch_lines,
                     Epilogue epilogue) {
+  FetchLines fetch = fetch_lines;
   a.first += row * a.stride;
   epilogue.skip(row);
   for (; count > 0; --count) {
-    fetch();
-    tile_in_parts<Paired, Height, Panel>(a, b, ldb, epilogue);
+    if constexpr (!V::kFetchOften) fetch();
+    tile_in_parts<Paired, Height, Panel>(a, b, ldb, fetch, epilogue);
     a.first += Height * a.stride;
     epilogue.skip(Height);
   }
+  fetch_lines = fetch;
 }
 
 template <bool Paired, int Panel, int Height, class Epilogue>
 ALWAYS_INLINE void tiles_of_height(int64_t height, const Rows& a, int64_t row, int64_t count, const Real* b,
-                                   int64_t ldb, const FetchTile& fetch, const Epilogue& epilogue) {
+                                   int64_t ldb, FetchLines& fetch, const Epilogue& epilogue) {
   if constexpr (Height >= 1) {
     if (height == Height)
       tiles<Paired, Height, Panel, Epilogue>(a, row, count, b, ldb, fetch, epilogue);
@@ -246,11 +255,11 @@ ALWAYS_INLINE void panel_product(const Rows& a, int64_t rows, const Real* b, int
   const int64_t count = (rows + V::kMaxRows[Panel] - 1) / V::kMaxRows[Panel];
   if (count == 0) return;
   const int64_t low = rows / count, tall = rows % count;
-  const int64_t lines = (fetch.bytes / 64 + count - 1) / count;
-  const char* next = static_cast<const char*>(fetch.next);
-  if (tall) tiles_of_height<Paired, Panel, V::kMaxRows[Panel]>(low + 1, a, 0, tall, b, ldb, {next, lines}, epilogue);
-  tiles_of_height<Paired, Panel, V::kMaxRows[Panel]>(low, a, tall * (low + 1), count - tall, b, ldb,
-                                                     {next + tall * lines * 64, lines}, epilogue);
+  constexpr int64_t kRound = 4 * Steps<Paired>::kDepth;
+  const int64_t rounds = V::kFetchOften ? max64(a.segments * (a.depth / kRound), 1) : 1;
+  FetchLines lines(fetch, count * rounds);
+  if (tall) tiles_of_height<Paired, Panel, V::kMaxRows[Panel]>(low + 1, a, 0, tall, b, ldb, lines, epilogue);
+  tiles_of_height<Paired, Panel, V::kMaxRows[Panel]>(low, a, tall * (low + 1), count - tall, b, ldb, lines, epilogue);
 }
 
 // The product with a panel of `width` vectors: b is [segments * depth][width][V::width], or paired [depth / 2].

@@ -21,6 +21,7 @@ struct V {
   static constexpr bool kStreams = false;  // a register is part of a cache line
   static constexpr int kMaxPanel = 3;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 6, 4};
+  static constexpr bool kFetchOften = false;
   static constexpr int kPairedPanel = 0;
   // Depthwise, patches of outputs: 8 accumulators, 3 or 5 weights, 1 pixel.
   static constexpr int kMaxPatchHeight = 1, kMaxPatch[kMaxPatchHeight + 1] = {0, 8};

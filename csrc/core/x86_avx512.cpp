@@ -21,6 +21,7 @@ struct V {
   static constexpr bool kStreams = true;  // a register is a cache line: stream() writes whole ones
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
+  static constexpr bool kFetchOften = true;
   static constexpr int kPairedPanel = 3;
   // Depthwise, patches of outputs: up to 16 accumulators, 9 weights, pixels.
   static constexpr int kMaxPatchHeight = 4, kMaxPatch[kMaxPatchHeight + 1] = {0, 8, 7, 5, 4};

@@ -26,6 +26,7 @@ struct V {
   static constexpr int kPart = 0;
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
+  static constexpr bool kFetchOften = true;
   static constexpr int kPairedPanel = 0;
   static constexpr int kMaxPatchHeight = 4, kMaxPatch[kMaxPatchHeight + 1] = {0, 8, 7, 5, 4};  // as avx512 has them
 
@@ -161,7 +162,7 @@ struct Pixels {
 // Sums of 16 * Rows pixels by 16 * Columns channels. second: numbers from the first tile's pixels to the second's.
 template <int Rows, int Columns>
 ALWAYS_INLINE void sum_up(const uint16_t* pixels, int64_t second, int64_t pitch, const uint16_t* weights,
-                          TileDepth depth, const float* bias, FetchTile& fetch) {
+                          TileDepth depth, const float* bias, FetchLines& fetch) {
   load_tile<0>(bias, 0);
   if constexpr (Columns == 2) load_tile<1>(bias + kTileRows, 0);
   if constexpr (Rows == 2) load_tile<2>(bias, 0);
@@ -204,8 +205,7 @@ NOINLINE void columns(TileShapes& shapes, Pixels a, TileDepth depth, const uint1
   alignas(64) float sums[2][2 * kTile];
   const int64_t rows = min64(kTileRows, a.rows), pairs = a.rows / kPair;
   // A few cache lines with each step of the depth.
-  FetchTile fetch_lines{reinterpret_cast<const char*>(weights + Columns * depth.column()),
-                        ceil_div(fetch, 64 * depth.steps * ceil_div(a.rows, kPair))};
+  FetchLines fetch_lines({weights + Columns * depth.column(), fetch}, depth.steps * ceil_div(a.rows, kPair));
   shapes.set(rows, depth.step);
   const auto finish_pair = [&](int64_t pair, const float* from) {
     done(pair * kPair, kTileRows, from);

@@ -17,6 +17,7 @@ struct V {
   static constexpr int kPart = 40;
   static constexpr int kMaxPanel = 4;
   static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
+  static constexpr bool kFetchOften = true;
   static constexpr int kPairedPanel = 0;
   static constexpr int kMaxPatchHeight = 4, kMaxPatch[kMaxPatchHeight + 1] = {0, 8, 7, 5, 4};  // as avx512 has them
 
