@@ -29,6 +29,17 @@ def _seeded_and_two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_cap() -> Iterator[None]:
+    """The tiers that run without MBV2_MAX_ISA; whatever cap a test sets is lifted after it."""
+    from mbv2_kernels import _C
+
+    cap = _C.max_isa()
+    _C.set_max_isa(None)
+    yield
+    _C.set_max_isa(cap)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Memory that is read before it is written shows up as NaN.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,7 +24,10 @@ from mbv2_kernels import _C, models, reference
 from mbv2_kernels._bench.inputs import random_pictures, randomise_batch_norm
 
 TIER = _C.bf16_tier()
-pytestmark = pytest.mark.skipif(not TIER["runnable"], reason=f"tier {TIER['name']} cannot run here: {TIER['reason']}")
+pytestmark = [
+    pytest.mark.skipif(not TIER["runnable"], reason=f"tier {TIER['name']} cannot run here: {TIER['reason']}"),
+    pytest.mark.usefixtures("no_cap"),
+]
 
 ACTIVATIONS = {"none": lambda v: v, "relu": torch.relu, "relu6": F.relu6}
 #: Around the tiles' 16 rows and columns and their depth of 32, and the widest of MobileNetV2.
@@ -33,14 +36,6 @@ CHANNELS = (8, 15, 16, 17, 24, 31, 32, 33, 40, 64, 65, 96, 144, 160, 960)
 SIZES = ((1, 1), (3, 5), (4, 4), (1, 17), (31, 1), (4, 8), (3, 11), (6, 8), (7, 7))
 
 ops = torch.ops.mbv2
-
-
-@pytest.fixture(autouse=True)
-def _no_cap() -> Iterator[None]:
-    cap = _C.max_isa()
-    _C.set_max_isa(None)
-    yield
-    _C.set_max_isa(cap)
 
 
 class Config(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,18 +17,11 @@ from mbv2_kernels._bench.inputs import randomise_batch_norm
 
 TIER = _C.bf16_tier()
 FP32 = [tier["name"] for tier in _C.tiers() if tier["runnable"]]
+pytestmark = pytest.mark.usefixtures("no_cap")
 needs_tier = pytest.mark.skipif(not TIER["runnable"], reason=f"tier {TIER['name']} cannot run here: {TIER['reason']}")
 X = (2, 3, 33, 36)
 
 ops = torch.ops.mbv2
-
-
-@pytest.fixture(autouse=True)
-def _no_cap() -> Iterator[None]:
-    cap = _C.max_isa()
-    _C.set_max_isa(None)
-    yield
-    _C.set_max_isa(cap)
 
 
 def calls_by_tier() -> set[str]:

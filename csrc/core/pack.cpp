@@ -140,7 +140,7 @@ bool write_packed(const PackedHeader& header, const TierKernels& kernels, int64_
 bool pack(const BlockDims& d, const RawWeights& raw, Tier tier, float* packed) {
   const PackedLayout l = packed_layout(d, tier);
   return write_packed(header_for(d, tier), *tier_kernels(tier), l.size * 4 / l.real_bytes, packed, [&](float* to) {
-    if (tier_kernels(tier)->tiles) return pack_tiles(d, raw, to);
+    if (l.tiles) return pack_tiles(d, raw, to);
     if (d.expand) {
       pack_matrix(raw.w_expand, d.hidden_channels, d.in_channels, l.hidden_padded, l.hidden_panel * l.vector,
                   to + l.w1);

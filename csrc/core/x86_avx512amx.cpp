@@ -18,39 +18,7 @@
 namespace mbv2 {
 namespace {
 
-struct V {
-  using Real = float;
-  static constexpr DType dtype = DType::f32;
-  using T = __m512;
-  static constexpr int width = 16;
-  static constexpr int kPart = 0;
-  static constexpr int kMaxPanel = 4;
-  static constexpr int kMaxRows[kMaxPanel + 1] = {0, 8, 8, 8, 6};
-  static constexpr bool kFetchOften = true;
-  static constexpr int kPairedPanel = 0;
-  static constexpr int kMaxPatchHeight = 4, kMaxPatch[kMaxPatchHeight + 1] = {0, 8, 7, 5, 4};  // as avx512 has them
-
-#define V_INLINE static inline __attribute__((always_inline))
-  V_INLINE T set(float v) { return _mm512_set1_ps(v); }
-  V_INLINE T load(const float* p) { return _mm512_loadu_ps(p); }
-  V_INLINE void store(float* p, T v) { _mm512_storeu_ps(p, v); }
-  V_INLINE T load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
-  V_INLINE void store(float* p, T v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
-  V_INLINE T broadcast(const float* p) { return _mm512_set1_ps(*p); }
-#ifdef __AVX512F__
-  // The form that adds to its accumulator in place, for the reason that x86_avx2.cpp gives.
-  V_INLINE T fma(T a, T b, T c) {
-    asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-    return c;
-  }
-#else  // emulated, by tests on lesser CPUs
-  V_INLINE T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
-#endif
-  V_INLINE T add(T a, T b) { return _mm512_add_ps(a, b); }
-  // maxps and minps return their second operand when one is NaN: v stands second so that its NaN survives.
-  V_INLINE T clamp(T v, T lo, T hi) { return _mm512_min_ps(hi, _mm512_max_ps(lo, v)); }
-  V_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }  // the first n lanes, 0 <= n <= 16
-};
+#include "avx512_vector.h"
 
 #include "tile_generic.h"
 
@@ -58,6 +26,7 @@ struct V {
 
 // ---- bf16 in memory -------------------------------------------------------------------------------------------------
 
+#define V_INLINE static inline __attribute__((always_inline))
 V_INLINE V::T widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 V_INLINE __m256i narrow(V::T v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
 
@@ -710,8 +679,7 @@ static void conv_work(const ConvArgs& a, const ConvLayout& l, const ConvItem& it
 
 extern const TierKernels kernels_avx512amx;
 const TierKernels kernels_avx512amx = {
-    V::width,  V::kMaxPanel, V::kPairedPanel, scratch_floats, work,    nullptr, conv_scratch_floats,
-    conv_work, nullptr,      nullptr,         nullptr,        nullptr, nullptr, nullptr,
-    nullptr,   nullptr,      fma_chains,      nullptr,        true};
+    V::width, V::kMaxPanel, 0,       scratch_floats, work,    nullptr, conv_scratch_floats, conv_work, nullptr, nullptr,
+    nullptr,  nullptr,      nullptr, nullptr,        nullptr, nullptr, fma_chains,          nullptr,   true};
 
 }  // namespace mbv2
