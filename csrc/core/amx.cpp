@@ -6,6 +6,12 @@
 
 #include "pack.h"
 
+#ifndef V_CHUNK
+#define V_CHUNK 64
+#endif
+#ifndef V_PIXELS
+#define V_PIXELS 196
+#endif
 namespace mbv2 {
 namespace {
 
@@ -28,6 +34,26 @@ void fill_tiles(int64_t channels, int64_t depth, float* packed, const Weight& we
         for (int64_t i = k; i < k + 2; ++i)
           *to++ = c < channels && i < depth ? to_bf16(weight(c, i)) : static_cast<uint16_t>(0);
 }
+// weight(channel, k) as fp32, in the order in which it is split.
+template <class Weight>
+void fill_strips(int64_t channels, int64_t depth, float* to, const Weight& weight) {
+  for (int64_t panel = 0; panel < channels; panel += 2 * kTileRows)
+    for (int64_t step = 0; step < depth; step += kTileDepth) {
+      const int64_t end = std::min(step + kTileDepth, round_up(depth, kTileRows));
+      for (int64_t first = panel; first < panel + 2 * kTileRows; first += kTileRows)
+        for (int64_t i = step; i < step + kTileRows; ++i)
+          for (int64_t k = i; k < end; k += kTileRows)
+            for (int64_t c = first; c < first + kTileRows; ++c)
+              *to++ = c < channels && k < depth ? weight(c, k) : 0.0f;
+    }
+}
+template <class Weight>
+void fill(int64_t channels, int64_t depth, int parts, float* to, const Weight& weight) {
+  if (parts == 1)
+    fill_tiles(channels, depth, to, weight);
+  else
+    fill_strips(channels, depth, to, weight);
+}
 
 void fill_bias(const float* bias, int64_t channels, float* to) {
   for (int64_t c = 0; bias && c < channels; ++c) to[c] = bias[c];
@@ -37,19 +63,20 @@ void fill_bias(const float* bias, int64_t channels, float* to) {
 int64_t channel_at(int64_t p) { return p / 32 * 32 + (p % 32 < 16 ? 2 * (p % 32) : 2 * (p % 32 - 16) + 1); }
 
 // Floats that hold the tiles, in whole cache lines.
-int64_t tile_floats(int64_t padded_channels, int64_t depth) {
-  return round_up(padded_channels * tile_depth(depth).padded() / 2, kPackedHeader);
+int64_t tile_floats(int64_t padded_channels, int64_t depth, int parts) {
+  if (parts == 1) return round_up(padded_channels * tile_depth(depth).padded() / 2, kPackedHeader);
+  return round_up(padded_channels, 2 * kTileRows) * round_up(depth, kTileRows);
 }
 
 }  // namespace
 
-PackedLayout tile_layout(const BlockDims& d) {
+PackedLayout tile_layout(const BlockDims& d, int parts) {
   PackedLayout l;
   l.vector = kTileRows;
   l.real_bytes = sizeof(float);
   l.hidden_panel = l.out_panel = 2;
   l.out_pairs = 0;
-  l.hidden_padded = round_up(d.hidden_channels, 2 * kTileRows);
+  l.hidden_padded = round_up(d.hidden_channels, parts == 1 ? 2 * kTileRows : kTileRows);
   l.out_padded = round_up(d.out_channels, kTileRows);
   int64_t at = kPackedHeader;
   const auto section = [&](int64_t floats) {
@@ -57,54 +84,54 @@ PackedLayout tile_layout(const BlockDims& d) {
     at += round_up(floats, kPackedHeader);
     return begin;
   };
-  l.w1 = section(d.expand ? tile_floats(l.hidden_padded, d.in_channels) : 0);
+  l.w1 = section(d.expand ? tile_floats(l.hidden_padded, d.in_channels, parts) : 0);
   l.b1 = section(d.expand ? l.hidden_padded : 0);
   l.wd = section(d.kernel * d.kernel * l.hidden_padded);
   l.b2 = section(l.hidden_padded);
-  l.w2 = section(tile_floats(l.out_padded, l.hidden_padded));
+  l.w2 = section(tile_floats(l.out_padded, l.hidden_padded, parts));
   l.b3 = section(l.out_padded);
   l.size = at;
-  l.tiles = true;
+  l.parts = parts;
   return l;
 }
 
-void pack_tiles(const BlockDims& d, const RawWeights& raw, float* packed) {
-  const PackedLayout l = tile_layout(d);
+void pack_tiles(const BlockDims& d, const RawWeights& raw, int parts, float* packed) {
+  const PackedLayout l = tile_layout(d, parts);
   if (d.expand) {
-    fill_tiles(d.hidden_channels, d.in_channels, packed + l.w1,
-               [&](int64_t c, int64_t k) { return raw.w_expand[c * d.in_channels + k]; });
+    fill(d.hidden_channels, d.in_channels, parts, packed + l.w1,
+         [&](int64_t c, int64_t k) { return raw.w_expand[c * d.in_channels + k]; });
     fill_bias(raw.b_expand, d.hidden_channels, packed + l.b1);
   }
   const int64_t taps = d.kernel * d.kernel;
   for (int64_t p = 0; p < l.hidden_padded; ++p) {
-    const int64_t c = channel_at(p);
+    const int64_t c = parts == 1 ? channel_at(p) : p;
     if (c >= d.hidden_channels) continue;
     for (int64_t t = 0; t < taps; ++t)
       packed[l.wd + p / kTileRows * kTileRows * taps + t * kTileRows + p % kTileRows] = raw.w_depthwise[c * taps + t];
     packed[l.b2 + p] = raw.b_depthwise ? raw.b_depthwise[c] : 0.0f;
   }
-  fill_tiles(d.out_channels, l.hidden_padded, packed + l.w2, [&](int64_t o, int64_t k) {
-    const int64_t c = channel_at(k);
+  fill(d.out_channels, l.hidden_padded, parts, packed + l.w2, [&](int64_t o, int64_t k) {
+    const int64_t c = parts == 1 ? channel_at(k) : k;
     return c < d.hidden_channels ? raw.w_project[o * d.hidden_channels + c] : 0.0f;
   });
   fill_bias(raw.b_project, d.out_channels, packed + l.b3);
 }
 
-ConvLayout tile_layout(const ConvDims& d) {
+ConvLayout tile_layout(const ConvDims& d, int parts) {
   ConvLayout l;
   l.vector = kTileRows;
   l.panel = 2;
   l.out_padded = round_up(d.out_channels, kTileRows);
   l.w = kPackedHeader;
-  l.b = l.w + tile_floats(l.out_padded, d.kernel * d.kernel * d.in_channels);
+  l.b = l.w + tile_floats(l.out_padded, d.kernel * d.kernel * d.in_channels, parts);
   l.size = l.b + l.out_padded;
   return l;
 }
 
-void pack_tiles(const ConvDims& d, const float* weight, const float* bias, float* packed) {
-  const ConvLayout l = tile_layout(d);
+void pack_tiles(const ConvDims& d, const float* weight, const float* bias, int parts, float* packed) {
+  const ConvLayout l = tile_layout(d, parts);
   const int64_t taps = d.kernel * d.kernel;
-  fill_tiles(d.out_channels, taps * d.in_channels, packed + l.w, [&](int64_t o, int64_t k) {
+  fill(d.out_channels, taps * d.in_channels, parts, packed + l.w, [&](int64_t o, int64_t k) {
     return weight[(o * d.in_channels + k % d.in_channels) * taps + k / d.in_channels];
   });
   fill_bias(bias, d.out_channels, packed + l.b);
@@ -113,13 +140,14 @@ void pack_tiles(const ConvDims& d, const float* weight, const float* bias, float
 Plan tile_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
   // Measured (csrc/TUNING.md), and flat around these values.
-  constexpr int64_t kPixels = 448, kCache = 768 * 1024, kChunk = 96;
+  const int64_t kPixels = l.parts == 1 ? 448 : V_PIXELS, kCache = 768 * 1024, kChunk = l.parts == 1 ? 96 : V_CHUNK;
+  const int64_t e_bytes = l.parts == 1 ? 2 : 4;
   Plan p;
   p.chunk = std::min(kChunk, l.hidden_padded);
   // Rows a group: as many pixels as make a call of the kernels worth its while, if e's rows and d stay in L2. Without
   // expand several rows always: the depthwise pass reads what they share from L1.
-  const int64_t row_of_e = a.dims.expand ? (a.width + 2 * a.pad_left) * l.hidden_padded * 2 : 0;
-  const int64_t row_of_d = a.out_width * l.hidden_padded * 2;
+  const int64_t row_of_e = a.dims.expand ? (a.width + 2 * a.pad_left) * l.hidden_padded * e_bytes : 0;
+  const int64_t row_of_d = a.out_width * l.hidden_padded * 2 * l.parts;
   const auto fits = [&](int64_t rows) {
     return std::min((rows - 1) * a.stride + reach, a.height) * row_of_e + rows * row_of_d <= kCache;
   };

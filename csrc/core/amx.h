@@ -39,11 +39,11 @@ static MBV2_ALWAYS_INLINE TileDepth tile_depth(int64_t depth) {
 #undef MBV2_ALWAYS_INLINE
 
 // PackedLayout and ConvLayout with offsets in floats.
-PackedLayout tile_layout(const BlockDims& dims);
-ConvLayout tile_layout(const ConvDims& dims);
+PackedLayout tile_layout(const BlockDims& dims, int parts);
+ConvLayout tile_layout(const ConvDims& dims, int parts);
 // Into zeros, behind the header.
-void pack_tiles(const BlockDims& dims, const RawWeights& raw, float* packed);
-void pack_tiles(const ConvDims& dims, const float* weight, const float* bias, float* packed);
+void pack_tiles(const BlockDims& dims, const RawWeights& raw, int parts, float* packed);
+void pack_tiles(const ConvDims& dims, const float* weight, const float* bias, int parts, float* packed);
 
 Plan tile_plan(const BlockArgs& args, const PackedLayout& layout, int threads);
 

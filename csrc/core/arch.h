@@ -8,7 +8,7 @@
 
 namespace mbv2 {
 
-enum class Tier : int { portable, avx2, avx512, avx512amx, avx512fp16 };
+enum class Tier : int { portable, avx2, avx512, avx512bf16x3, avx512amx, avx512fp16 };
 
 struct TierStatus {
   Tier tier;

@@ -66,6 +66,21 @@ struct Call {
   }
 };
 
+// A tier's kernels, and another's where it has none of its own.
+TierKernels completed(TierKernels kernels, const TierKernels& rest) {
+  kernels.max_panel = rest.max_panel;
+  kernels.linear_work = rest.linear_work;
+  kernels.pool_work = rest.pool_work;
+  kernels.train_scratch_floats = rest.train_scratch_floats;
+  kernels.train_work = rest.train_work;
+  kernels.window_scratch_floats = rest.window_scratch_floats;
+  kernels.window_work = rest.window_work;
+  kernels.multiply_doubles = rest.multiply_doubles;
+  kernels.multiply_floats = rest.multiply_floats;
+  kernels.fma_chains = rest.fma_chains;
+  return kernels;
+}
+
 }  // namespace
 
 Arena& thread_scratch() { return scratch; }
@@ -82,6 +97,12 @@ const TierKernels* tier_kernels(Tier tier) {
     case Tier::avx512:
       return &kernels_avx512;
 #endif
+#ifdef MBV2_HAVE_AVX512BF16X3
+    case Tier::avx512bf16x3: {
+      static const TierKernels kernels = completed(kernels_avx512bf16x3, kernels_avx512);
+      return &kernels;
+    }
+#endif
 #ifdef MBV2_HAVE_AVX512AMX
     case Tier::avx512amx:
       return &kernels_avx512amx;
@@ -96,7 +117,7 @@ const TierKernels* tier_kernels(Tier tier) {
 }
 
 Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
-  if (l.tiles) return tile_plan(a, l, threads);
+  if (l.parts) return tile_plan(a, l, threads);
   const BlockDims& d = a.dims;
   const int64_t reach = (d.kernel - 1) * a.dilation + 1;
   // Measured (csrc/TUNING.md), and flat around these values. CPUs with AVX-512 have twice to four times the L2 of

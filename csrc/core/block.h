@@ -71,7 +71,7 @@ struct PackedLayout {
   int64_t hidden_padded, out_padded;
   int64_t w1, b1, wd, b2, w2, b3;  // offsets in numbers
   int64_t size;                    // of the whole, header included, in floats
-  bool tiles = false;              // the sections are as amx.h says
+  int parts = 0;                   // of a number in tiles, as amx.h has them; 0: no tiles
 };
 
 struct RawWeights {  // torch's shapes, fp32, contiguous; biases may be null
@@ -152,7 +152,7 @@ struct TierKernels {
   // Of the tier that computes in fp16: weights as such; false if one becomes infinite.
   bool (*narrow)(const float* from, int64_t count, void* to) = nullptr;
 
-  bool tiles = false;  // weights and calls are as amx.h says
+  int parts = 0;  // not 0: weights and calls are as amx.h says, each factor of a product as a sum of so many bf16
 
   int real_bytes() const { return narrow ? 2 : 4; }  // of a number that the tier computes with
 };

@@ -23,11 +23,16 @@ PackedHeader header_for(const ConvDims& d, Tier tier) {
           0};
 }
 
+// bf16x3 has no windows of its own: splitting them into parts would cost as much as it saves.
+const TierKernels& conv_kernels(const ConvDims& d, Tier tier) {
+  return *tier_kernels(tier == Tier::avx512bf16x3 && d.kernel != 1 ? Tier::avx512 : tier);
+}
+
 }  // namespace
 
 ConvLayout conv_layout(const ConvDims& d, Tier tier) {
-  const TierKernels* kernels = tier_kernels(tier);
-  if (kernels->tiles) return tile_layout(d);
+  const TierKernels* kernels = &conv_kernels(d, tier);
+  if (kernels->parts) return tile_layout(d, kernels->parts);
   const int64_t header = packed_header(*kernels);
   ConvLayout l;
   l.vector = kernels->vector;
@@ -41,10 +46,10 @@ ConvLayout conv_layout(const ConvDims& d, Tier tier) {
 
 bool pack_conv(const ConvDims& d, const float* weight, const float* bias, Tier tier, float* packed) {
   const ConvLayout l = conv_layout(d, tier);
-  const TierKernels& kernels = *tier_kernels(tier);
+  const TierKernels& kernels = conv_kernels(d, tier);
   const int64_t window = d.kernel * d.kernel, depth = window * d.in_channels;
   return write_packed(header_for(d, tier), kernels, l.size * 4 / kernels.real_bytes(), packed, [&](float* numbers) {
-    if (kernels.tiles) return pack_tiles(d, weight, bias, numbers);
+    if (kernels.parts) return pack_tiles(d, weight, bias, kernels.parts, numbers);
     for (int64_t o = 0; o < d.out_channels; ++o) {
       const int64_t panel = o / (l.panel * l.vector), first = panel * l.panel * l.vector;
       const int64_t width = l.out_padded - first < l.panel * l.vector ? l.out_padded - first : l.panel * l.vector;
@@ -79,7 +84,7 @@ void run_conv(const ConvArgs& args, Tier tier, const Parallel& parallel) {
     const ConvLayout layout;
     const TierKernels& kernels;
     int64_t lines, panels, line_parts, panel_parts;
-  } call{args, conv_layout(args.dims, tier), *tier_kernels(tier), conv_lines(args), 0, 1, 1};
+  } call{args, conv_layout(args.dims, tier), conv_kernels(args.dims, tier), conv_lines(args), 0, 1, 1};
   call.panels = ceil_divide(call.layout.out_padded, call.layout.panel * call.layout.vector);
   // Threads share the lines if every one gets several, else the output channels.
   if (parallel.threads > 1) {
