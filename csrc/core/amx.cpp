@@ -6,12 +6,6 @@
 
 #include "pack.h"
 
-#ifndef V_CHUNK
-#define V_CHUNK 64
-#endif
-#ifndef V_PIXELS
-#define V_PIXELS 196
-#endif
 namespace mbv2 {
 namespace {
 
@@ -38,14 +32,11 @@ void fill_tiles(int64_t channels, int64_t depth, float* packed, const Weight& we
 template <class Weight>
 void fill_strips(int64_t channels, int64_t depth, float* to, const Weight& weight) {
   for (int64_t panel = 0; panel < channels; panel += 2 * kTileRows)
-    for (int64_t step = 0; step < depth; step += kTileDepth) {
-      const int64_t end = std::min(step + kTileDepth, round_up(depth, kTileRows));
+    for (int64_t step = 0; step < depth; step += kTileDepth)
       for (int64_t first = panel; first < panel + 2 * kTileRows; first += kTileRows)
         for (int64_t i = step; i < step + kTileRows; ++i)
-          for (int64_t k = i; k < end; k += kTileRows)
-            for (int64_t c = first; c < first + kTileRows; ++c)
-              *to++ = c < channels && k < depth ? weight(c, k) : 0.0f;
-    }
+          for (int64_t k = i; k < step + kTileDepth; k += kTileRows)
+            for (int64_t c = first; c < first + kTileRows; ++c) *to++ = c < channels && k < depth ? weight(c, k) : 0.0f;
 }
 template <class Weight>
 void fill(int64_t channels, int64_t depth, int parts, float* to, const Weight& weight) {
@@ -65,7 +56,7 @@ int64_t channel_at(int64_t p) { return p / 32 * 32 + (p % 32 < 16 ? 2 * (p % 32)
 // Floats that hold the tiles, in whole cache lines.
 int64_t tile_floats(int64_t padded_channels, int64_t depth, int parts) {
   if (parts == 1) return round_up(padded_channels * tile_depth(depth).padded() / 2, kPackedHeader);
-  return round_up(padded_channels, 2 * kTileRows) * round_up(depth, kTileRows);
+  return round_up(padded_channels, 2 * kTileRows) * round_up(depth, kTileDepth);
 }
 
 }  // namespace
@@ -140,7 +131,7 @@ void pack_tiles(const ConvDims& d, const float* weight, const float* bias, int p
 Plan tile_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
   // Measured (csrc/TUNING.md), and flat around these values.
-  const int64_t kPixels = l.parts == 1 ? 448 : V_PIXELS, kCache = 768 * 1024, kChunk = l.parts == 1 ? 96 : V_CHUNK;
+  const int64_t kPixels = l.parts == 1 ? 448 : 196, kCache = 768 * 1024, kChunk = l.parts == 1 ? 96 : 128;
   const int64_t e_bytes = l.parts == 1 ? 2 : 4;
   Plan p;
   p.chunk = std::min(kChunk, l.hidden_padded);
@@ -156,10 +147,13 @@ Plan tile_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   while (group > 1 && !fits(group)) --group;
   p.group_rows = ceil_divide(a.out_height, ceil_divide(a.out_height, group));
   p.band_rows = std::max<int64_t>(a.out_height, 1);
-  p.row_parts = p.splits = 1;
-  // Threads: whole images if they share out evenly, else rows of each.
-  if (threads > 1 && a.batch % threads != 0 && a.batch < 4 * threads)
-    p.row_parts = std::max<int64_t>(std::min<int64_t>(threads, a.out_height), 1);
+  if (l.parts == 1) {  // whole images if they share out evenly, else rows of each
+    const bool whole = threads <= 1 || a.batch % threads == 0 || a.batch >= 4 * threads;
+    p.row_parts = whole ? 1 : std::max<int64_t>(std::min<int64_t>(threads, a.out_height), 1);
+    p.splits = 1;
+  } else {
+    share_out(a, l, threads, &p);
+  }
   return p;
 }
 

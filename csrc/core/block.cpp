@@ -69,6 +69,7 @@ struct Call {
 // A tier's kernels, and another's where it has none of its own.
 TierKernels completed(TierKernels kernels, const TierKernels& rest) {
   kernels.max_panel = rest.max_panel;
+  kernels.finish = rest.finish;
   kernels.linear_work = rest.linear_work;
   kernels.pool_work = rest.pool_work;
   kernels.train_scratch_floats = rest.train_scratch_floats;
@@ -116,6 +117,29 @@ const TierKernels* tier_kernels(Tier tier) {
   }
 }
 
+const TierKernels& block_kernels(const BlockDims& d, Tier tier) {
+  // Each hidden number is split, written and read in parts. Few multiplications for each do not make up for it:
+  // measured (csrc/TUNING.md) below 32 input and 32 output channels.
+  const bool few = (d.expand ? d.in_channels : 0) + d.out_channels < 64;
+  return *tier_kernels(tier == Tier::avx512bf16x3 && few ? Tier::avx512 : tier);
+}
+
+void share_out(const BlockArgs& a, const PackedLayout& l, int threads, Plan* plan) {
+  plan->row_parts = plan->splits = 1;
+  if (threads <= 1 || a.batch % threads == 0 || a.batch >= 4 * threads) return;  // whole images share out evenly
+  // Else images are cut by rows (the rows around a cut are expanded twice) or by hidden channels (the partial sums are
+  // written and added up by one thread), whichever costs less.
+  const int64_t parts = threads / greatest_common_divisor(a.batch, threads);
+  const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1, rows_twice = reach > a.stride ? reach - a.stride : 0;
+  const int64_t row_cost = a.dims.expand ? rows_twice * a.width * a.dims.in_channels * a.dims.hidden_channels : 0;
+  // A partial sum costs as much as 48 multiply-adds (csrc/TUNING.md): one thread adds up what others' caches hold.
+  const int64_t split_cost = 48 * parts * a.out_height * a.out_width * l.out_padded;
+  if (ceil_divide(l.hidden_padded, l.vector * l.hidden_panel) >= parts && split_cost < row_cost)
+    plan->splits = parts;
+  else
+    plan->row_parts = clamp(parts, 1, a.out_height ? a.out_height : 1);
+}
+
 Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   if (l.parts) return tile_plan(a, l, threads);
   const BlockDims& d = a.dims;
@@ -150,26 +174,13 @@ Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   const int64_t row_bytes = a.out_width * l.out_padded * l.real_bytes;
   p.band_rows = a.out_height * row_bytes <= kSums ? a.out_height : clamp(kSums / 4 / row_bytes, 1, a.out_height);
 
-  // Threads: whole images if they share out evenly; else cut images by rows (the rows around a cut are expanded twice)
-  // or by hidden channels (the partial sums are written and added up by one thread), whichever costs less.
-  p.row_parts = p.splits = 1;
-  if (threads > 1 && a.batch % threads != 0 && a.batch < 4 * threads) {
-    const int64_t parts = threads / greatest_common_divisor(a.batch, threads);
-    const int64_t rows_twice = reach > a.stride ? reach - a.stride : 0;
-    const int64_t row_cost = d.expand ? rows_twice * a.width * d.in_channels * d.hidden_channels : 0;
-    // A partial sum costs as much as 48 multiply-adds (csrc/TUNING.md): one thread adds up what others' caches hold.
-    const int64_t split_cost = 48 * parts * a.out_height * a.out_width * l.out_padded;
-    if (ceil_divide(l.hidden_padded, panel) >= parts && split_cost < row_cost)
-      p.splits = parts;
-    else
-      p.row_parts = clamp(parts, 1, a.out_height ? a.out_height : 1);
-  }
+  share_out(a, l, threads, &p);
   return p;
 }
 
 void run_block(const BlockArgs& args, Tier tier, const Plan& plan, const Parallel& parallel) {
   if (args.batch == 0 || args.out_height == 0 || args.out_width == 0) return;
-  const TierKernels& kernels = *tier_kernels(tier);
+  const TierKernels& kernels = block_kernels(args.dims, tier);
   Call call{args, packed_layout(args.dims, tier), plan, kernels, nullptr, 0, nullptr};
   const int64_t groups = args.batch * plan.row_parts;
   std::unique_ptr<std::atomic<int64_t>[]> outstanding;

@@ -160,5 +160,7 @@ constexpr int kFmaChains = 12;  // more than latency x ports of any CPU we know,
 constexpr int kMaxKernel = 31;
 
 const TierKernels* tier_kernels(Tier tier);  // null when this build lacks the tier
+// Those that a tier runs on such a block: not its own where another tier's are faster.
+const TierKernels& block_kernels(const BlockDims& dims, Tier tier);
 
 }  // namespace mbv2

@@ -95,7 +95,7 @@ bool read_header(const float* packed, int64_t size, uint32_t magic, PackedHeader
 }
 
 PackedLayout packed_layout(const BlockDims& d, Tier tier) {
-  const TierKernels* kernels = tier_kernels(tier);
+  const TierKernels* kernels = &block_kernels(d, tier);
   if (kernels->parts) return tile_layout(d, kernels->parts);
   PackedLayout l;
   l.vector = kernels->vector;
@@ -139,7 +139,7 @@ bool write_packed(const PackedHeader& header, const TierKernels& kernels, int64_
 
 bool pack(const BlockDims& d, const RawWeights& raw, Tier tier, float* packed) {
   const PackedLayout l = packed_layout(d, tier);
-  return write_packed(header_for(d, tier), *tier_kernels(tier), l.size * 4 / l.real_bytes, packed, [&](float* to) {
+  return write_packed(header_for(d, tier), block_kernels(d, tier), l.size * 4 / l.real_bytes, packed, [&](float* to) {
     if (l.parts) return pack_tiles(d, raw, l.parts, to);
     if (d.expand) {
       pack_matrix(raw.w_expand, d.hidden_channels, d.in_channels, l.hidden_padded, l.hidden_panel * l.vector,

@@ -40,6 +40,9 @@ struct PanelMatrix {
 inline int64_t panel_count(const PanelMatrix& m) { return ceil_divide(m.padded, m.panel); }
 void pack_panels(const PanelMatrix& matrix, int64_t panel_begin, int64_t panel_end);
 
+// Cuts images for several threads: plan's row_parts and splits.
+void share_out(const BlockArgs& args, const PackedLayout& layout, int threads, Plan* plan);
+
 // The panel width, in vectors, for a matrix `vectors` wide.
 int panel_width(int64_t vectors, int widest);
 

@@ -1,4 +1,24 @@
-// The bf16x3 tier: fp32 on AMX.
+// The bf16x3 tier: fp32 blocks and 1x1 convolutions by AMX, which multiplies bf16 and nothing longer.
+//
+// An fp32 number is the sum of three bf16 numbers: its first 8 bits, what they leave, and the rest. Of the nine
+// products of two such sums six count; the other three are below 2^-23 of the whole. (Henry, Tang, Heinecke: Leveraging
+// the bfloat16 Artificial Intelligence Datatype for Higher-Precision Computations, ARITH 2019.) Sums are fp32's, over
+// runs of at most kStrip * 32 products at a time. Six tiles are multiplied in less time than AVX-512 takes for one.
+//
+//   for each group of output rows
+//     split        x rows  -> tiles                                              [pixel][Cin][part]         bf16
+//     for each chunk of hidden channels
+//       expand     tiles   -> ring   (only rows the ring does not hold yet)      [32 channels][pixel][32]
+//       for each 32 of them
+//         depthwise  ring  -> d                                                  [pixel][32]
+//         split        d   -> tiles                                              [pixel][hidden][part]      bf16
+//     project      tiles   -> y
+//
+// Weights are fp32 in memory (amx.h has their order) and split while the tiles before them are multiplied.
+//
+// What bf16 parts cannot stand for: pixels with infinities or NaN are multiplied as fp32 (`plain_product`), so are
+// numbers so large that a partial product could overflow where the product does not. AMX takes denormals for zeros:
+// what is below 2^-110 loses bits.
 #include <immintrin.h>
 
 #include "amx.h"
@@ -16,109 +36,153 @@ namespace {
 
 #include "depthwise_generic.h"
 
-#define V_INLINE static inline __attribute__((always_inline))
+#include "amx_tiles.h"
 
-struct alignas(64) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
+constexpr int64_t kPart = 32;                // numbers of a row of a tile
+constexpr int64_t kRow = 3 * kPart;          // of a row of three tiles, one of each part
+constexpr int64_t kStep = kTileRows * kRow;  // of those tiles
+constexpr int64_t kPanel = 2 * kTileRows;    // channels that are multiplied together
+constexpr int64_t kStrip = 4;                // steps of the depth that they are multiplied by, at most
+constexpr int64_t kStripNumbers = kStrip * 2 * kStep;
+
+// ---- Splitting ------------------------------------------------------------------------------------------------------
+
+ALWAYS_INLINE V::T behind_first_8_bits(V::T v) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  return V::sub(v, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), upper)));
+}
+// The upper halves: bf16 numbers in pairs, one of each vector.
+ALWAYS_INLINE void store_pairs(uint16_t* to, V::T first, V::T second) {
+  const __m512i shifted = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
+  _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, shifted, _mm512_castps_si512(second)));
+}
+// Two vectors -> a row of three tiles.
+ALWAYS_INLINE void split(V::T first, V::T second, uint16_t* to) {
+  UNROLL for (int part = 0; part < 3; ++part) {
+    store_pairs(to + part * kPart, first, second);
+    if (part == 2) break;
+    first = behind_first_8_bits(first);
+    second = behind_first_8_bits(second);
+  }
+}
+// Where number k of 32 lies in a row of a tile.
+ALWAYS_INLINE int64_t place(int64_t k) { return k % 16 * 2 + k / 16; }
+
+// The left matrix of a product, split: [tile][step][16 pixels][part][32]. As many pixels a tile as make all of them
+// equal. tame: tiles can multiply them.
+struct Pixels {
+  uint16_t* first;
+  int64_t count, rows, steps;
+  bool tame;
+  ALWAYS_INLINE int64_t tile() const { return steps * kStep; }
+  ALWAYS_INLINE int64_t tiles() const { return count ? ceil_div(count, rows) : 0; }
+  ALWAYS_INLINE uint16_t* row(int64_t pixel) const { return first + pixel / rows * tile() + pixel % rows * kRow; }
 };
-
-V_INLINE void load_config(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
-V_INLINE void release_tiles() { asm volatile("tilerelease"); }
-template <int Tile>
-V_INLINE void load_tile(const void* first, int64_t row_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(first), "r"(row_bytes), "i"(Tile) : "memory");
+static Pixels pixels_in(uint16_t* memory, int64_t count, int64_t depth) {
+  return {memory, count, count ? ceil_div(count, ceil_div(count, kTileRows)) : 1, ceil_div(depth, kPanel), true};
 }
-template <int Tile>
-V_INLINE void store_tile(void* first, int64_t row_bytes) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(first), "r"(row_bytes), "i"(Tile) : "memory");
-}
-template <int Tile>
-V_INLINE void zero_tile() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
-}
-template <int Sums, int Pixels, int Weights>
-V_INLINE void multiply_tiles() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Pixels), "i"(Weights));
+static int64_t pixels_size(int64_t count, int64_t depth) {  // in bytes
+  return ceil_div(count, kTileRows) * ceil_div(depth, kPanel) * kStep * 2;
 }
 
-class TileShapes {
- public:
-  void set(int64_t rows) {
-    if (rows == rows_) return;
-    rows_ = rows;
-    TileConfig config = {};
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = 64;
-      config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : 16);
+// Numbers that tiles cannot multiply, as what `plain_product` reads: infinities and NaN as they are, in one part.
+template <class Storage>
+static __attribute__((noinline)) void split_wild(const typename Storage::Element* x, int64_t channels, uint16_t* to) {
+  for (int64_t k = 0; k < channels; ++k) {
+    uint32_t bits;
+    const float v = Storage::load_one(x + k);
+    __builtin_memcpy(&bits, &v, sizeof bits);
+    if ((bits & 0x7f800000) != 0x7f800000) continue;
+    uint16_t* at = to + k / kPanel * kStep + place(k % kPanel);
+    at[0] = static_cast<uint16_t>(bits & 0x7fffff ? 0x7fc0 : bits >> 16);
+    at[kPart] = at[2 * kPart] = 0;
+  }
+}
+
+// `count` pixels from the `first`-th on, channels that begin with the `step`-th 32. Check: whether they are tame.
+template <bool Check, class Storage>
+static void split_pixels(const typename Storage::Element* x, int64_t pitch, int64_t first, int64_t count,
+                         int64_t channels, int64_t step, Pixels& to) {
+  // Above 2^97 that becomes infinite, and an infinity times zero NaN.
+  const V::T large = V::set(0x1p31f), zero = V::set(0);
+  const int rest = static_cast<int>(channels % kPanel), low = rest < 16 ? rest : 16, high = rest - low;
+  const auto wild = [&](V::T sum, V::T v)
+                        __attribute__((always_inline)) { return V::fma(_mm512_mul_ps(v, large), zero, sum); };
+  int64_t in_tile = first % to.rows;
+  uint16_t* row = to.row(first) + step * kStep;
+  for (int64_t p = 0; p < count; ++p, x += pitch) {
+    V::T sum = zero;
+    uint16_t* at = row;
+    const typename Storage::Element* from = x;
+    for (int64_t s = channels / kPanel; s > 0; --s, from += kPanel, at += kStep) {
+      const V::T a = Storage::load(from), b = Storage::load(from + V::width);
+      if (Check) sum = wild(wild(sum, a), b);
+      split(a, b, at);
     }
-    load_config(config);
+    if (rest) {
+      const V::T a = Storage::load(from, low), b = high ? Storage::load(from + V::width, high) : zero;
+      if (Check) sum = wild(wild(sum, a), b);
+      split(a, b, at);
+    }
+    if (Check && _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q)) {
+      to.tame = false;
+      split_wild<Storage>(x, channels, row);
+    }
+    row += kRow;
+    if (++in_tile == to.rows) {
+      in_tile = 0;
+      row += to.tile() - to.rows * kRow;
+    }
   }
-  void release() {
-    if (rows_) release_tiles();
-    rows_ = 0;
-  }
+}
 
- private:
-  int64_t rows_ = 0;
+// ---- Products -------------------------------------------------------------------------------------------------------
+
+// The right matrix: `columns` of 16 channels, of which `channels` exist; bias may be null. panel: numbers from one 32
+// channels' to the next's.
+struct Weights {
+  const float *first, *bias;
+  int64_t columns, channels, panel;
+  ALWAYS_INLINE const float* at(int64_t column, int64_t step) const {
+    return first + column / 2 * panel + step * kPanel * kPanel;
+  }
+  ALWAYS_INLINE const float* start(int64_t column) const { return bias ? bias + column * kTileRows : kZeros; }
 };
 
-constexpr int64_t kTile = kTileRows * 32;  // numbers
-constexpr int kParts = 3;
-constexpr int64_t kRowBytes = kParts * 64;
+// A number that a template can read.
 template <int N>
 struct Int {
   static constexpr int value = N;
 };
-#ifndef V_STRIP
-#define V_STRIP 4
-#endif
 
-struct Depth {
-  int64_t steps;  // of 32
-  bool half;      // and one of 16
-  ALWAYS_INLINE int64_t all() const { return steps + half; }
-  ALWAYS_INLINE int64_t padded() const { return steps * 32 + half * 16; }
+// What a product needs besides: two strips of weights, split; the sums of the strips before.
+struct Workspace {
+  uint16_t* strips;
+  float* totals;
 };
-static ALWAYS_INLINE Depth depth_of(int64_t depth) {
-  const int64_t halves = ceil_div(depth, kTileRows);
-  return {halves / 2, halves % 2 != 0};
+static int64_t workspace_size(int64_t pixels) {  // in bytes
+  return 2 * kStripNumbers * 2 + (pixels + kPanel) * kPanel * 4;
+}
+static Workspace workspace_in(char* memory) {
+  return {reinterpret_cast<uint16_t*>(memory), reinterpret_cast<float*>(memory + 2 * kStripNumbers * 2)};
 }
 
-// Pixels cut into tiles of `rows`: [tile][step][part][16][32]
-struct Pixels {
-  uint16_t* first;
-  int64_t count, rows;
-  Depth depth;
-  ALWAYS_INLINE int64_t tile() const { return depth.all() * kParts * kTile; }
-  ALWAYS_INLINE int64_t tiles() const { return ceil_div(count, rows); }
-};
-static Pixels pixels_for(uint16_t* memory, int64_t count, int64_t depth) {
-  const int64_t tiles = ceil_div(count, kTileRows);
-  return {memory, count, tiles ? ceil_div(count, tiles) : 0, depth_of(depth)};
-}
-// Bytes
-static int64_t pixels_size(int64_t count, int64_t depth) {
-  return ceil_div(count, kTileRows) * depth_of(depth).all() * kParts * kTile * 2;
-}
-
-// Steps of the depth of 1 or 2 tiles of pixels by 1 or 2 of channels, on top of `start`. The vector units have nothing to
-// do meanwhile: meanwhile() is called after every few multiplications. Small products first.
+// 1 or 2 tiles of pixels by 1 or 2 of channels, on top of `start`. meanwhile() is called after each few
+// multiplications. Small products come first. second: numbers from the first tile's pixels to the second's.
 template <int Rows, int Columns, class Meanwhile>
-ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t second, const uint16_t* w, Depth depth, Meanwhile& meanwhile) {
-  zero_tile<0>();
-  if constexpr (Columns == 2) zero_tile<1>();
-  if constexpr (Rows == 2) zero_tile<2>();
-  if constexpr (Rows == 2 && Columns == 2) zero_tile<3>();
+ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t second, const uint16_t* w, int64_t steps, const float* start,
+                          Meanwhile& meanwhile) {
+  load_tile<0>(start, 0);
+  if constexpr (Columns == 2) load_tile<1>(start + kTileRows, 0);
+  if constexpr (Rows == 2) load_tile<2>(start, 0);
+  if constexpr (Rows == 2 && Columns == 2) load_tile<3>(start + kTileRows, 0);
   const auto pixels = [&](int part) __attribute__((always_inline)) {
-    load_tile<4>(a + part * 32, kRowBytes);
-    if constexpr (Rows == 2) load_tile<5>(a + second + part * 32, kRowBytes);
+    load_tile<4>(a + part * kPart, kRow * 2);
+    if constexpr (Rows == 2) load_tile<5>(a + second + part * kPart, kRow * 2);
   };
   const auto weights = [&](int part) __attribute__((always_inline)) {
-    load_tile<6>(w + part * 32, kRowBytes);
-    if constexpr (Columns == 2) load_tile<7>(w + kParts * kTile + part * 32, kRowBytes);
+    load_tile<6>(w + part * kPart, kRow * 2);
+    if constexpr (Columns == 2) load_tile<7>(w + kStep + part * kPart, kRow * 2);
   };
   const auto multiply = [&]() __attribute__((always_inline)) {
     multiply_tiles<0, 4, 6>();
@@ -129,7 +193,7 @@ ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t second, const uint16_t* w, 
     }
     meanwhile();
   };
-  for (int64_t s = depth.steps; s > 0; --s, a += kParts * kTile, w += 2 * kParts * kTile) {
+  for (; steps > 0; --steps, a += kStep, w += 2 * kStep) {
     pixels(2);
     weights(0);
     multiply();
@@ -144,277 +208,271 @@ ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t second, const uint16_t* w, 
     weights(0);
     multiply();
   }
-  if (depth.half) {
-    pixels(1);
-    weights(2);
-    multiply();
-    pixels(0);
-    weights(1);
-    multiply();
-    weights(0);
-    multiply();
-  }
 }
+constexpr int64_t kSlices = 6;  // calls of meanwhile() a step
+
+// [pixel][32]
 template <int Rows, int Columns>
 ALWAYS_INLINE void store_sums(float* sums, int64_t rows) {
-  constexpr int kRow = 2 * 64;
-  store_tile<0>(sums, kRow);
-  if constexpr (Columns == 2) store_tile<1>(sums + kTileRows, kRow);
-  float* second = sums + rows * kTileRows * 2;
-  if constexpr (Rows == 2) store_tile<2>(second, kRow);
-  if constexpr (Rows == 2 && Columns == 2) store_tile<3>(second + kTileRows, kRow);
+  store_tile<0>(sums, kPanel * 4);
+  if constexpr (Columns == 2) store_tile<1>(sums + kTileRows, kPanel * 4);
+  if constexpr (Rows == 2) store_tile<2>(sums + rows * kPanel, kPanel * 4);
+  if constexpr (Rows == 2 && Columns == 2) store_tile<3>(sums + rows * kPanel + kTileRows, kPanel * 4);
 }
 
-// ---- Splitting --------------------------------------------------------------------
-
-ALWAYS_INLINE V::T rest_of(V::T v) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  return V::sub(v, _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), upper)));
-}
-ALWAYS_INLINE void pack(V::T low, V::T high, uint16_t* to) {
-  const __m512i shifted = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
-  _mm512_store_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, shifted, _mm512_castps_si512(high)));
-}
-// 32 numbers
-ALWAYS_INLINE void split(V::T low, V::T high, uint16_t* to) {
-  pack(low, high, to);
-  low = rest_of(low), high = rest_of(high);
-  pack(low, high, to + 32);
-  pack(rest_of(low), rest_of(high), to + 64);
-}
-// 16
-ALWAYS_INLINE void split_pixels_half(V::T v, uint16_t* to) {
-  const V::T second = rest_of(v);
-  pack(v, second, to);
-  pack(rest_of(second), v, to + 32);
-}
-ALWAYS_INLINE void split_weights_half(V::T v, uint16_t* to) {
-  const V::T second = rest_of(v);
-  pack(v, v, to);
-  pack(second, second, to + 32);
-  pack(v, rest_of(second), to + 64);
-}
-
-// ---- Products -------------------------------------------------------------------------------------------------------
-
-constexpr int64_t kStrip = V_STRIP, kPanel = 2 * kTileRows;  // steps of the depth; channels
-constexpr int64_t kStripTiles = kStrip * 2 * kParts * kTile;
-
-struct Memory {
-  uint16_t* strips;  // two
+// What the vector units do while tiles are multiplied, in slices: finished sums go to where they belong, the next
+// strip's weights are split, the lines of those behind it fetched. Strips: there are several, whose sums add up.
+template <class Target, bool Strips>
+struct Meanwhile {
+  Target target;
+  const float* sums;
   float* totals;
-};
-static int64_t memory_size(int64_t pixels) {  // in bytes
-  return 2 * kStripTiles * 2 + (pixels + 2 * kTileRows) * kPanel * 4;
-}
+  int64_t pixels = 0, pixels_a_slice = 0;
+  bool last;
+  const float* weights;
+  uint16_t* split_to;
+  int64_t rows = 0, rows_a_slice = 0;
 
-// The right matrix: fp32, [panel][step][column of two][16][2][16]
-struct Weights {
-  const float* first;
-  const float* bias;
-  int64_t columns;
-};
-
-// Sums of a strip that are to be finished: those of pixels [pixel, end).
-struct Sums32 {
-  const float* sums = nullptr;
-  float* totals = nullptr;
-  const float* bias = nullptr;
-  int64_t panel = 0, pixel = 0, end = 0;
-  bool last = false;
-};
-
-// What the vector units do while tiles are multiplied.
-template <class Done, bool Parts>
-struct Meanwhile : Sums32 {
-  const Done done;
-  int64_t rows = 0;
-  // weights of the next strip
-  const float* weights = nullptr;
-  uint16_t* split_to = nullptr;
-  int64_t splits = 0, each = 0;
-
-  ALWAYS_INLINE explicit Meanwhile(const Done& d) : done(d) {}
   ALWAYS_INLINE void finish(int64_t count) {
-    for (; count > 0; --count, ++pixel, sums += kPanel) {
-      if (!Parts) {
-        done(panel, pixel, bias, sums, sums);
-        continue;
+    pixels -= count;
+    for (; count > 0; --count, sums += kPanel, target.next()) {
+      V::T a = V::load(sums), b = V::load(sums + V::width);
+      if constexpr (Strips) {
+        a = V::add(a, V::load(totals));
+        b = V::add(b, V::load(totals + V::width));
+        if (!last) {
+          V::store(totals, a);
+          V::store(totals + V::width, b);
+        }
+        totals += kPanel;
+        if (!last) continue;
       }
-      if (last) {
-        done(panel, pixel, bias, sums, totals);
-      } else {
-        V::store(totals, V::add(V::load(totals), V::load(sums)));
-        V::store(totals + V::width, V::add(V::load(totals + V::width), V::load(sums + V::width)));
-      }
-      totals += kPanel;
+      target.write(a, b);
     }
   }
   ALWAYS_INLINE void split_rows(int64_t count) {
-    splits -= count;
-    for (; count > 0; --count, split_to += kParts * 32, weights += 2 * V::width) {
-      __builtin_prefetch(weights + 2 * kStrip * kPanel * 32, 0, 2);
-      __builtin_prefetch(weights + 2 * kStrip * kPanel * 32 + 16, 0, 2);
+    rows -= count;
+    for (; count > 0; --count, split_to += kRow, weights += 2 * V::width) {
+      constexpr int64_t kAhead = kStrip * kPanel * kPanel;
+      __builtin_prefetch(weights + kAhead, 0, 2);
+      __builtin_prefetch(weights + kAhead + V::width, 0, 2);
       split(V::load(weights), V::load(weights + V::width), split_to);
     }
   }
-  void split_halves(int64_t count) {
-    for (; count > 0; --count, split_to += kParts * 32, weights += V::width)
-      split_weights_half(V::load(weights), split_to);
-  }
   ALWAYS_INLINE void operator()() {
-    finish(min64(rows, end - pixel));
-    split_rows(min64(each, splits));
+    finish(min64(pixels_a_slice, pixels));
+    split_rows(min64(rows_a_slice, rows));
   }
 };
 
-template <bool Parts, class Done>
-NOINLINE void product(TileShapes& shapes, const Pixels& a, const Weights& w, const Memory& memory, Done done) {
-  alignas(64) float sums[2][2 * kTileRows * kPanel];
-  const int64_t tiles = a.tiles(), size = a.tile(), pair = 2 * a.rows, pairs = ceil_div(tiles, 2);
-  const int64_t strips = ceil_div(a.depth.all(), kStrip);
-  shapes.set(a.rows);
-  Meanwhile<Done, Parts> meanwhile(done);
-
+// to.target(column, pixel): what the sums of 32 channels go to: write(a, b), next().
+template <bool Strips, class To>
+NOINLINE void tile_product(TileShapes& shapes, const Pixels& a, const Weights& w, const Workspace& workspace,
+                           const To& to) {
+  alignas(64) float sums[2][kPanel * kPanel];
+  const int64_t tiles = a.tiles(), pairs = ceil_div(tiles, 2), pair = 2 * a.rows;
+  const int64_t strips = ceil_div(a.steps, kStrip);
+  const auto first_step = [&](int64_t strip) { return a.steps * strip / strips; };
+  shapes.set(a.rows, kPanel);
+  Meanwhile<decltype(to.target(0, 0)), Strips> meanwhile;
+  meanwhile.target = to.target(0, 0);
+  meanwhile.sums = meanwhile.totals = sums[0];
+  meanwhile.last = false;
   meanwhile.weights = w.first;
-  uint16_t *now = memory.strips, *next = now + kStripTiles;
-  const auto depth_of = [&](int64_t strip) {
-    const int64_t all = a.depth.all(), steps = all * (strip + 1) / strips - all * strip / strips;
-    const bool half = a.depth.half && strip + 1 == strips;
-    return Depth{steps - half, half};
-  };
-  const auto split_next = [&](Depth depth, uint16_t* to, int64_t times) {
-    meanwhile.split_to = to;
-    meanwhile.splits = depth.steps * kPanel;
-    meanwhile.each = ceil_div(meanwhile.splits, times);
-  };
-  split_next(depth_of(0), now, 1);
-  meanwhile.split_rows(meanwhile.splits);
-  meanwhile.split_halves(depth_of(0).half * kPanel);
-  int turn = 0;
+  meanwhile.split_to = workspace.strips;
+  meanwhile.rows = first_step(1) * kPanel;
+  meanwhile.split_rows(meanwhile.rows);
+  uint16_t *now = workspace.strips, *next = now + kStripNumbers;
+  float *free = sums[0], *used = sums[1];
   for (int64_t column = 0; column < w.columns; column += 2) {
     const bool two_columns = column + 1 < w.columns;
-    for (int64_t strip = 0, step = 0; strip < strips; ++strip) {
-      const Depth depth = depth_of(strip);
-      const int64_t slices = depth.steps * 6 + depth.half * 3;
-      const bool more = column + 2 < w.columns || strip + 1 < strips;
-      const Depth after = more ? depth_of(strip + 1 < strips ? strip + 1 : 0) : Depth{};
-      split_next(after, next, pairs * slices);
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      const int64_t step = first_step(strip), steps = first_step(strip + 1) - step;
+      const int64_t following = strip + 1 < strips ? strip + 1 : 0;
+      const bool none = !following && column + 2 >= w.columns;
+      meanwhile.weights = w.at(following ? column : column + 2, first_step(following));
+      meanwhile.split_to = next;
+      meanwhile.rows = none ? 0 : (first_step(following + 1) - first_step(following)) * kPanel;
+      meanwhile.rows_a_slice = ceil_div(meanwhile.rows, pairs * steps * kSlices);
       for (int64_t p = 0; p < pairs; ++p) {
-        meanwhile.rows = ceil_div(meanwhile.end - meanwhile.pixel, slices);
         const bool two = 2 * p + 1 < tiles;
-        const uint16_t* left = a.first + 2 * p * size + step * kParts * kTile;
-        float* totals = memory.totals + p * pair * kPanel;
-        float* to = strip + 1 < strips && strip == 0 ? totals : sums[turn];
+        const uint16_t* left = a.first + 2 * p * a.tile() + step * kStep;
+        float* totals = workspace.totals + p * pair * kPanel;
+        const bool first = Strips && strip == 0;
+        float* out = first ? totals : free;
+        meanwhile.pixels_a_slice = ceil_div(meanwhile.pixels, steps * kSlices);
         const auto run = [&](auto rows, auto columns) __attribute__((always_inline)) {
-          sum_up<decltype(rows)::value, decltype(columns)::value>(left, size, now, depth, meanwhile);
-          store_sums<decltype(rows)::value, decltype(columns)::value>(to, a.rows);
+          sum_up<decltype(rows)::value, decltype(columns)::value>(left, a.tile(), now, steps,
+                                                                  strip ? kZeros : w.start(column), meanwhile);
+          store_sums<decltype(rows)::value, decltype(columns)::value>(out, a.rows);
         };
         if (two_columns)
-          two ? run(Int<2>{}, Int<2>{}) : run(Int<1>{}, Int<2>{});
+          two ? run(Int<2>(), Int<2>()) : run(Int<1>(), Int<2>());
         else
-          two ? run(Int<2>{}, Int<1>{}) : run(Int<1>{}, Int<1>{});
-        meanwhile.finish(meanwhile.end - meanwhile.pixel);  // what the slices left
-        const int64_t first = p * pair, end = min64(first + pair, a.count);
-        if (to == totals)
-          static_cast<Sums32&>(meanwhile) = {};
-        else
-          static_cast<Sums32&>(meanwhile) = {to, totals, w.bias + column * kTileRows, column, first, end, strip + 1 == strips};
-        turn = 1 - turn;
+          two ? run(Int<2>(), Int<1>()) : run(Int<1>(), Int<1>());
+        meanwhile.finish(meanwhile.pixels);
+        if (first) continue;
+        meanwhile.target = to.target(column, p * pair);
+        meanwhile.sums = out;
+        meanwhile.totals = totals;
+        meanwhile.pixels = min64(pair, a.count - p * pair);
+        meanwhile.last = strip + 1 == strips;
+        free = used;
+        used = out;
       }
-      meanwhile.split_rows(meanwhile.splits);
-      meanwhile.split_halves(after.half * kPanel);
-      uint16_t* t = now;
+      meanwhile.split_rows(meanwhile.rows);
+      uint16_t* const done = now;
       now = next;
-      next = t;
-      step += depth.all();
+      next = done;
     }
   }
-  meanwhile.finish(meanwhile.end - meanwhile.pixel);
+  meanwhile.pixels_a_slice = 0;
+  meanwhile.finish(meanwhile.pixels);
 }
 
-// Rows of fp32 pixels -> tiles, steps [step, step + channels / 32)
-template <class Storage>
-static void split_pixels(const typename Storage::Element* x, int64_t pitch, int64_t first, int64_t count,
-                         int64_t channels, int64_t step, const Pixels& a) {
-  const int64_t rest = channels % 32;
-  int64_t tile = first / a.rows, row = first % a.rows;
-  for (int64_t p = 0; p < count; ++p, x += pitch) {
-    uint16_t* to = a.first + (tile * a.depth.all() + step) * kParts * kTile + row * kParts * 32;
-    const typename Storage::Element* from = x;
-    for (int64_t s = channels / 32; s > 0; --s, from += 32, to += kParts * kTile)
-      split(Storage::load(from), Storage::load(from + 16), to);
-    if (rest > 16)
-      split(Storage::load(from), Storage::load(from + 16, static_cast<int>(rest - 16)), to);
-    else if (rest)
-      split_pixels_half(Storage::load(from, static_cast<int>(rest)), to);
-    if (++row == a.rows) row = 0, ++tile;
+// The same in fp32 arithmetic, number by number: slow, for what is rare. Channels that do not exist are zero, also
+// where an infinity has made NaN of their zero weights.
+template <class To>
+NOINLINE void plain_product(const Pixels& a, const Weights& w, const To& to) {
+  const auto part = [](uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float v;
+    __builtin_memcpy(&v, &bits, sizeof v);
+    return v;
+  };
+  for (int64_t column = 0; column < w.columns; column += 2) {
+    auto target = to.target(column, 0);
+    for (int64_t p = 0; p < a.count; ++p, target.next()) {
+      V::T sums[2] = {V::load(w.start(column)), V::set(0)};
+      if (column + 1 < w.columns) sums[1] = V::load(w.start(column + 1));
+      const float* weights = w.at(column, 0);
+      const uint16_t* row = a.row(p);
+      for (int64_t step = 0; step < a.steps; ++step, row += kStep, weights += kPanel * kPanel)
+        for (int64_t k = 0; k < kPanel; ++k) {
+          const uint16_t* parts = row + place(k);
+          const V::T v = V::set(part(parts[0]) + part(parts[kPart]) + part(parts[2 * kPart]));
+          for (int j = 0; j < 2; ++j)
+            sums[j] = V::fma(v, V::load(weights + ((j * 16 + k % 16) * 2 + k / 16) * V::width), sums[j]);
+        }
+      for (int j = 0; j < 2; ++j) {
+        const int64_t exist = max64(min64(w.channels - (column + j) * kTileRows, V::width), 0);
+        sums[j] = _mm512_mask_mov_ps(V::set(0), V::first(static_cast<int>(exist)), sums[j]);
+      }
+      target.write(sums[0], sums[1]);
+    }
   }
+}
+
+template <class To>
+static void product(TileShapes& shapes, const Pixels& a, const Weights& w, const Workspace& workspace, const To& to) {
+  if (!a.tame)
+    plain_product(a, w, to);
+  else if (a.steps > kStrip)
+    tile_product<true>(shapes, a, w, workspace, to);
+  else
+    tile_product<false>(shapes, a, w, workspace, to);
 }
 
 // ---- Outputs --------------------------------------------------------------------------------------------------------
 
-// Finished sums of 32 channels of a pixel, from `column` on.
-template <bool Parts>
-ALWAYS_INLINE V::T total(const float* bias, const float* sums, const float* totals) {
-  const V::T v = V::add(V::load(bias), V::load(sums));
-  return Parts ? V::add(v, V::load(totals)) : v;
-}
-
-template <class Storage, bool Parts>
-struct WriteY {
-  Output<Storage> output;
-  ALWAYS_INLINE void operator()(int64_t column, int64_t pixel, const float* bias, const float* sums, const float* totals) const {
-    Output<Storage> to = output;
-    to.y += column * kTileRows;
-    if (to.x) to.x += column * kTileRows;
-    to.channels -= static_cast<int>(column * kTileRows);
-    to.write(pixel, 0, total<Parts>(bias, sums, totals));
-    if (to.channels > V::width) to.write(pixel, 1, total<Parts>(bias + V::width, sums + V::width, totals + V::width));
+// y as fp32, from channel 0 on.
+struct ToY {
+  float* y;
+  const float* x;  // the residual, or null
+  int64_t y_stride, x_stride, channels;
+  Clamp clamp;
+  struct Target {
+    float* y;
+    const float* x;
+    int64_t y_stride, x_stride;
+    int rest;
+    V::T lo, hi;
+    ALWAYS_INLINE void write(V::T a, V::T b) const {
+      a = V::clamp(a, lo, hi);
+      b = V::clamp(b, lo, hi);
+      if (rest >= kPanel) {
+        if (x) {
+          a = V::add(a, V::load(x));
+          b = V::add(b, V::load(x + V::width));
+        }
+        V::store(y, a);
+        V::store(y + V::width, b);
+      } else {
+        const int low = rest < V::width ? rest : V::width, high = rest - low;
+        if (x) {
+          a = V::add(a, V::load(x, low));
+          b = V::add(b, V::load(x + V::width, high));
+        }
+        V::store(y, a, low);
+        V::store(y + V::width, b, high);
+      }
+    }
+    ALWAYS_INLINE void next() {
+      y += y_stride;
+      if (x) x += x_stride;
+    }
+  };
+  ALWAYS_INLINE Target target(int64_t column, int64_t pixel) const {
+    const int64_t c = column * kTileRows;
+    return {y + pixel * y_stride + c,
+            x ? x + pixel * x_stride + c : nullptr,
+            y_stride,
+            x_stride,
+            static_cast<int>(channels - c),
+            V::set(clamp.lo),
+            V::set(clamp.hi)};
   }
 };
 
+// A pass of its own over sums that could not go to y at once: [pixel][channels] -> y of another type, or on top of a
+// residual whose rows lie apart.
 template <class Storage>
-static void multiply_into_y(TileShapes& shapes, const Pixels& a, const Weights& w, const Memory& memory,
-                            const Output<Storage>& output) {
-  if (a.depth.all() > kStrip)
-    product<true>(shapes, a, w, memory, WriteY<Storage, true>{output});
-  else
-    product<false>(shapes, a, w, memory, WriteY<Storage, false>{output});
+static void write_rows(const float* sums, int64_t pixels, Output<Storage> output) {
+  const int channels = output.channels;
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int c = 0; c < channels; c += V::width) {
+      const int rest = channels - c;
+      const float* from = sums + p * channels + c;
+      output.write(p, c / V::width, rest < V::width ? V::load(from, rest) : V::load(from));
+    }
 }
 
 // ---- The block ------------------------------------------------------------------------------------------------------
 
 struct Buffers {
-  bool rings;
-  int64_t ring_rows, ring_columns, ring_size;  // of a chunk, in numbers
-  int64_t ring_count;
-  int64_t ring, d, d_tiles, x_tiles, offsets, rows, memory, size;  // in bytes
+  bool rings;   // e is written to rows of our own; if not, x is read as e where it lies
+  bool direct;  // project writes y
+  int64_t ring_rows, ring_columns, ring_size, ring_count;                // of 32 channels each, in numbers
+  int64_t ring, d, d_tiles, x_tiles, workspace, y, offsets, rows, size;  // in bytes
 };
 
 static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan& plan) {
   Buffers b = {};
   const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
-  b.rings = a.dims.expand || a.dims.hidden_channels != l.hidden_padded || a.dtype != DType::f32;
+  const bool own = a.dtype == V::dtype, adjoin = a.x_stride_row == a.width * a.x_stride_pixel;
+  b.rings = a.dims.expand || a.dims.hidden_channels != l.hidden_padded || !own;
+  b.direct = own && (!a.residual || adjoin);
   b.ring_rows = b.rings ? min64((plan.group_rows - 1) * a.stride + reach, a.height) : 0;
   b.ring_columns = max64(a.pad_left + a.width, (a.out_width - 1) * a.stride + reach);
   b.ring_size = b.ring_rows * b.ring_columns * kPanel;
-  // A ring for each 32 channels: of a chunk if no group follows that needs its rows, else of all.
-  b.ring_count = !b.rings ? 0 : plan.group_rows * plan.row_parts >= a.out_height ? ceil_div(plan.chunk, kPanel) : ceil_div(l.hidden_padded, kPanel);
+  // All channels' if a next group needs rows that this one expands, else a chunk's.
+  const bool one_group = plan.group_rows * plan.row_parts >= a.out_height;
+  b.ring_count = ceil_div(one_group ? min64(plan.chunk, l.hidden_padded) : l.hidden_padded, kPanel);
   int64_t at = 0;
   const auto section = [&](int64_t bytes) {
     const int64_t begin = at;
     at += ceil_div(bytes, 64) * 64;
     return begin;
   };
-  const int64_t pixels = plan.group_rows * a.out_width;
-  b.ring = section(b.ring_count * b.ring_size * 4);
-  b.d = section(pixels * kPanel * 4);
-  b.d_tiles = section(pixels_size(pixels, l.hidden_padded));
-  b.x_tiles = section(a.dims.expand ? pixels_size(b.ring_rows * a.width, a.dims.in_channels) : 0);
-  b.offsets = section(b.ring_rows * a.width * static_cast<int64_t>(sizeof(int32_t)));
+  const int64_t in_pixels = b.ring_rows * a.width, out_pixels = plan.group_rows * a.out_width;
+  b.ring = section(b.rings ? b.ring_count * b.ring_size * 4 : 0);
+  b.d = section(out_pixels * kPanel * 4);
+  b.d_tiles = section(pixels_size(out_pixels, l.hidden_padded));
+  b.x_tiles = section(a.dims.expand ? pixels_size(in_pixels, a.dims.in_channels) : 0);
+  b.workspace = section(workspace_size(max64(in_pixels, out_pixels)));
+  b.y = section(b.direct ? 0 : out_pixels * a.dims.out_channels * 4);
+  b.offsets = section(in_pixels * static_cast<int64_t>(sizeof(int32_t)));
   b.rows = section(plan.group_rows * a.dims.kernel * static_cast<int64_t>(sizeof(void*)));
-  b.memory = section(memory_size(max64(pixels, b.ring_rows * a.width)));
   b.size = at;
   return b;
 }
@@ -423,16 +481,38 @@ static size_t scratch_floats(const BlockArgs& a, const PackedLayout& l, const Pl
   return static_cast<size_t>(buffers_of(a, l, plan).size / 4);
 }
 
-struct OneVector {
+struct Real32 {  // how the depthwise pass reads and writes
   using Element = float;
   using Result = float;
   static constexpr int kParts = 1;
   static constexpr bool kAnyKernel = true;
   template <int>
-  V_INLINE V::T load(const float* p) {
+  static ALWAYS_INLINE V::T load(const float* p) {
     return V::load(p);
   }
-  V_INLINE void store(float* p, V::T v) { V::store(p, v); }
+  static ALWAYS_INLINE void store(float* p, V::T v) { V::store(p, v); }
+};
+
+// e's rings, from one of 32 channels on.
+struct ToRing {
+  float* ring;
+  int64_t ring_size, columns;
+  const int32_t* offset;  // of a pixel in a ring
+  Clamp clamp;
+  struct Target {
+    float* ring;
+    const int32_t* offset;
+    bool two;
+    V::T lo, hi;
+    ALWAYS_INLINE void write(V::T a, V::T b) const {
+      V::store(ring + *offset, V::clamp(a, lo, hi));
+      if (two) V::store(ring + *offset + V::width, V::clamp(b, lo, hi));
+    }
+    ALWAYS_INLINE void next() { ++offset; }
+  };
+  ALWAYS_INLINE Target target(int64_t column, int64_t pixel) const {
+    return {ring + column / 2 * ring_size, offset + pixel, column + 1 < columns, V::set(clamp.lo), V::set(clamp.hi)};
+  }
 };
 
 template <class Storage>
@@ -443,94 +523,82 @@ struct Item {
   const Plan& plan;
   const WorkItem& item;
   const Buffers b;
-  float *ring, *d;
+  float *ring, *d, *wide_y;
   uint16_t *d_tiles, *x_tiles;
+  Workspace workspace;
   int32_t* offsets;
   const float** rows;
-  Memory memory;
   const Element* x;  // this image
   TileShapes shapes;
 
   Item(const BlockArgs& a_, const PackedLayout& l_, const Plan& plan_, const WorkItem& item_, float* scratch)
       : a(a_), l(l_), plan(plan_), item(item_), b(buffers_of(a_, l_, plan_)) {
-    char* first = reinterpret_cast<char*>(scratch);
-    ring = reinterpret_cast<float*>(first + b.ring);
-    d = reinterpret_cast<float*>(first + b.d);
-    d_tiles = reinterpret_cast<uint16_t*>(first + b.d_tiles);
-    x_tiles = reinterpret_cast<uint16_t*>(first + b.x_tiles);
-    offsets = reinterpret_cast<int32_t*>(first + b.offsets);
-    rows = reinterpret_cast<const float**>(first + b.rows);
-    memory.strips = reinterpret_cast<uint16_t*>(first + b.memory);
-    memory.totals = reinterpret_cast<float*>(memory.strips + 2 * kStripTiles);
+    char* memory = reinterpret_cast<char*>(scratch);
+    ring = reinterpret_cast<float*>(memory + b.ring);
+    d = reinterpret_cast<float*>(memory + b.d);
+    wide_y = reinterpret_cast<float*>(memory + b.y);
+    d_tiles = reinterpret_cast<uint16_t*>(memory + b.d_tiles);
+    x_tiles = reinterpret_cast<uint16_t*>(memory + b.x_tiles);
+    workspace = workspace_in(memory + b.workspace);
+    offsets = reinterpret_cast<int32_t*>(memory + b.offsets);
+    rows = reinterpret_cast<const float**>(memory + b.rows);
     x = static_cast<const Element*>(a.x) + item.image * a.x_stride_image;
   }
 
   ALWAYS_INLINE int64_t first_input_row(int64_t out_row) const { return max64(out_row * a.stride - a.pad_top, 0); }
+  // one past the last input row that output rows below `out_end` need
   ALWAYS_INLINE int64_t end_input_row(int64_t out_end) const {
     const int64_t end = (out_end - 1) * a.stride - a.pad_top + (a.dims.kernel - 1) * a.dilation + 1;
     return max64(min64(end, a.height), 0);
   }
   ALWAYS_INLINE int64_t ring_row(int64_t row) const { return row % b.ring_rows * b.ring_columns * kPanel; }
 
+  // Input rows [begin, end): where each pixel lies in a ring, and x as a product reads it.
   Pixels prepare_rows(int64_t begin, int64_t end) {
     int32_t* to = offsets;
+    Pixels pixels = pixels_in(x_tiles, (end - begin) * a.width, a.dims.in_channels);
     for (int64_t row = begin; row < end; ++row) {
       int64_t at = ring_row(row) + a.pad_left * kPanel;
       for (int64_t c = 0; c < a.width; ++c, at += kPanel) *to++ = static_cast<int32_t>(at);
+      split_pixels<true, Storage>(x + row * a.x_stride_row, a.x_stride_pixel, (row - begin) * a.width, a.width,
+                                  a.dims.in_channels, 0, pixels);
     }
-    const Pixels pixels = pixels_for(x_tiles, (end - begin) * a.width, a.dims.in_channels);
-    for (int64_t row = begin; row < end; ++row)
-      split_pixels<Storage>(x + row * a.x_stride_row, a.x_stride_pixel, (row - begin) * a.width, a.width,
-                            a.dims.in_channels, 0, pixels);
     return pixels;
   }
 
-  template <bool Parts>
-  struct WriteRing {
-    float* out;
-    int64_t ring_size, columns;
-    const int32_t* offset;
-    V::T lo, hi;
-    ALWAYS_INLINE void operator()(int64_t column, int64_t pixel, const float* bias, const float* sums, const float* totals) const {
-      float* at = out + column / 2 * ring_size + offset[pixel];
-      V::store(at, V::clamp(total<Parts>(bias, sums, totals), lo, hi));
-      if (column + 1 < columns) V::store(at + V::width, V::clamp(total<Parts>(bias + V::width, sums + V::width, totals + V::width), lo, hi));
-    }
-  };
-
-  void expand(const Pixels& pixels, int64_t hidden, int64_t end, float* chunk_ring) {
-    const V::T lo = V::set(a.activation.lo), hi = V::set(a.activation.hi);
-    const Weights w = {a.packed + l.w1 + hidden * pixels.depth.padded(), a.packed + l.b1 + hidden, (end - hidden) / kTileRows};
-    if (pixels.depth.all() > kStrip)
-      product<true>(shapes, pixels, w, memory, WriteRing<true>{chunk_ring, b.ring_size, w.columns, offsets, lo, hi});
-    else
-      product<false>(shapes, pixels, w, memory, WriteRing<false>{chunk_ring, b.ring_size, w.columns, offsets, lo, hi});
+  void expand(const Pixels& pixels, int64_t hidden, int64_t end, float* rings) {
+    const Weights w = {a.packed + l.w1 + hidden * pixels.steps * kPanel, a.packed + l.b1 + hidden,
+                       (end - hidden) / kTileRows, a.dims.hidden_channels - hidden, pixels.steps * kPanel * kPanel};
+    product(shapes, pixels, w, workspace, ToRing{rings, b.ring_size, w.columns, offsets, a.activation});
   }
 
-  void copy_to_ring(int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end, float* chunk_ring) {
-    const int64_t channels = max64(min64(hidden_end, a.dims.hidden_channels) - hidden, 0);
+  // Without expand, what the depthwise pass cannot read where it lies: x as fp32, and zeros.
+  void copy_to_ring(int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end, float* to_ring) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t c = 0; c < a.width; ++c) {
-        const Element* from = x + row * a.x_stride_row + c * a.x_stride_pixel + hidden;
-        float* to = chunk_ring + ring_row(row) + (a.pad_left + c) * kPanel;
-        for (int64_t i = 0; i < hidden_end - hidden; i += V::width)
-          V::store(to + i, Storage::load(from + i, static_cast<int>(max64(min64(channels - i, V::width), 0))));
+        const Element* from = x + row * a.x_stride_row + c * a.x_stride_pixel;
+        float* to = to_ring + ring_row(row) + (a.pad_left + c) * kPanel;
+        for (int64_t h = hidden; h < hidden_end; h += V::width, to += V::width)
+          V::store(to,
+                   Storage::load(from + h, static_cast<int>(max64(min64(a.dims.hidden_channels - h, V::width), 0))));
       }
   }
 
-  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end, float* chunk_ring) {
+  // Output rows [begin, end) of d, hidden channels [hidden, hidden_end): 32 at most.
+  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end, const float* from_ring) {
     const int64_t k = a.dims.kernel;
-    for (int64_t oy = begin; oy < end; ++oy) {
+    for (int64_t oy = begin; oy < end; ++oy)
       for (int64_t dy = 0; dy < k; ++dy) {
         const int64_t row = oy * a.stride - a.pad_top + dy * a.dilation;
-        const float*& to = rows[(oy - begin) * k + dy];
+        const float*& from = rows[(oy - begin) * k + dy];
         if (row < 0 || row >= a.height)
-          to = nullptr;
+          from = nullptr;
+        else if (b.rings)
+          from = from_ring + ring_row(row);
         else
-          to = b.rings ? chunk_ring + ring_row(row) : reinterpret_cast<const float*>(x) + row * a.x_stride_row + hidden;
+          from = reinterpret_cast<const float*>(x) + row * a.x_stride_row + hidden;
       }
-    }
-    Depthwise<OneVector> p;
+    Depthwise<Real32> p;
     p.rows = rows;
     p.group = end - begin;
     p.pitch = b.rings ? kPanel : a.x_stride_pixel;
@@ -550,52 +618,65 @@ struct Item {
   }
 
   void project(int64_t begin, int64_t end, const Pixels& pixels) {
-    Output<Storage> output;
-    output.y = static_cast<Element*>(a.y) + (item.image * a.out_height + begin) * a.out_width * a.dims.out_channels;
-    output.y_stride = a.dims.out_channels;
-    output.x = a.residual ? x + begin * a.x_stride_row : nullptr;  // TODO rows that do not adjoin
-    output.x_stride = a.x_stride_pixel;
-    output.channels = static_cast<int>(a.dims.out_channels);
-    output.bounded = bounds(a.final_activation);
-    output.lo = V::set(a.final_activation.lo);
-    output.hi = V::set(a.final_activation.hi);
-    multiply_into_y<Storage>(shapes, pixels, {a.packed + l.w2, a.packed + l.b3, l.out_padded / kTileRows}, memory, output);
-    (void)end;
+    const int64_t channels = a.dims.out_channels;
+    Element* y = static_cast<Element*>(a.y) + (item.image * a.out_height + begin) * a.out_width * channels;
+    const Element* residual = a.residual ? x + begin * a.x_stride_row : nullptr;
+    const Weights w = {a.packed + l.w2 + item.hidden_begin * kPanel, item.hidden_begin ? nullptr : a.packed + l.b3,
+                       l.out_padded / kTileRows, channels, ceil_div(l.hidden_padded, kPanel) * kPanel * kPanel};
+    constexpr Clamp kNone = {-__builtin_inff(), __builtin_inff()};
+    if (item.partial) {
+      float* sums = item.partial + (begin - item.row_begin) * a.out_width * l.out_padded;
+      return product(shapes, pixels, w, workspace, ToY{sums, nullptr, l.out_padded, 0, l.out_padded, kNone});
+    }
+    if (b.direct) {
+      const auto own_x = reinterpret_cast<const float*>(residual);
+      return product(shapes, pixels, w, workspace,
+                     ToY{reinterpret_cast<float*>(y), own_x, channels, a.x_stride_pixel, channels, a.final_activation});
+    }
+    product(shapes, pixels, w, workspace, ToY{wide_y, nullptr, channels, 0, channels, kNone});
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t at = (row - begin) * a.out_width * channels;
+      write_rows(wide_y + at, a.out_width,
+                 Output<Storage>{y + at, channels, residual ? residual + (row - begin) * a.x_stride_row : nullptr,
+                                 a.x_stride_pixel, static_cast<int>(channels), bounds(a.final_activation),
+                                 V::set(a.final_activation.lo), V::set(a.final_activation.hi)});
+    }
   }
 
+  // A ring's padding columns are zero and nothing ever writes to them.
   void clear_padding() {
-    const int64_t left = a.pad_left * kPanel, right = (a.pad_left + a.width) * kPanel;
-    const int64_t row_size = b.ring_columns * kPanel;
-    const int64_t count = b.ring_count * b.ring_rows;
-    for (int64_t row = 0; row < count; ++row) {
-      float* start = ring + row * row_size;
+    const int64_t left = a.pad_left * kPanel, right = (a.pad_left + a.width) * kPanel, size = b.ring_columns * kPanel;
+    for (int64_t row = 0; row < b.ring_count * b.ring_rows; ++row) {
+      float* start = ring + row * size;
       for (int64_t i = 0; i < left; ++i) start[i] = 0;
-      for (int64_t i = right; i < row_size; ++i) start[i] = 0;
+      for (int64_t i = right; i < size; ++i) start[i] = 0;
     }
   }
 
   void run() {
     if (b.rings) clear_padding();
-    int64_t held = first_input_row(item.row_begin);  // input rows below are in the ring
+    const bool bounded = a.activation.hi < kInfinity;  // then d is tame, or NaN, which tiles keep
+    int64_t held = first_input_row(item.row_begin);    // input rows below are in the rings
     for (int64_t row = item.row_begin; row < item.row_end; row += plan.group_rows) {
       const int64_t row_end = min64(row + plan.group_rows, item.row_end);
       const int64_t begin = max64(held, first_input_row(row)), end = max64(end_input_row(row_end), begin);
       held = end;
       Pixels pixels = {};
       if (a.dims.expand && end > begin) pixels = prepare_rows(begin, end);
-      float* chunk_ring = ring;
-      const Pixels of_d = pixels_for(d_tiles, (row_end - row) * a.out_width, l.hidden_padded);
-      for (int64_t hidden = 0; hidden < l.hidden_padded; hidden += plan.chunk) {
-        const int64_t hidden_end = min64(hidden + plan.chunk, l.hidden_padded);
-        if (pixels.count) expand(pixels, hidden, hidden_end, chunk_ring);
-        float* panel_ring = chunk_ring;
-        for (int64_t c = hidden; c < hidden_end; c += kPanel, panel_ring += b.ring_size) {
+      Pixels of_d = pixels_in(d_tiles, (row_end - row) * a.out_width, item.hidden_end - item.hidden_begin);
+      float* chunk_rings = ring;
+      for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk) {
+        const int64_t hidden_end = min64(hidden + plan.chunk, item.hidden_end);
+        if (pixels.count) expand(pixels, hidden, hidden_end, chunk_rings);
+        float* of_panel = chunk_rings;
+        for (int64_t c = hidden; c < hidden_end; c += kPanel, of_panel += b.ring_size) {
           const int64_t c_end = min64(c + kPanel, hidden_end);
-          if (b.rings && !a.dims.expand) copy_to_ring(begin, end, c, c_end, panel_ring);
-          depthwise(row, row_end, c, c_end, panel_ring);
-          split_pixels<Own>(d, kPanel, 0, of_d.count, c_end - c, c / kPanel, of_d);
+          if (b.rings && !a.dims.expand) copy_to_ring(begin, end, c, c_end, of_panel);
+          depthwise(row, row_end, c, c_end, of_panel);
+          const auto split_d = bounded ? split_pixels<false, Own> : split_pixels<true, Own>;
+          split_d(d, kPanel, 0, of_d.count, c_end - c, (c - item.hidden_begin) / kPanel, of_d);
         }
-        if (b.ring_count * kPanel > plan.chunk) chunk_ring = panel_ring;
+        if (b.ring_count * kPanel >= l.hidden_padded) chunk_rings = of_panel;
       }
       project(row, row_end, of_d);
     }
@@ -611,51 +692,95 @@ static void work(const BlockArgs& a, const PackedLayout& l, const Plan& plan, co
 
 constexpr int64_t kRun = 256;  // output pixels that are multiplied at a time
 
+struct ConvBuffers {
+  int64_t tiles, workspace, y, pixel, size;  // in bytes
+};
+static ConvBuffers conv_buffers_of(const ConvArgs& a) {
+  ConvBuffers b = {};
+  b.workspace = pixels_size(kRun, a.dims.in_channels);
+  b.y = b.workspace + workspace_size(kRun);
+  b.pixel = b.y + (a.dtype == V::dtype ? 0 : kRun * a.dims.out_channels * 4);
+  b.size = b.pixel + (a.x_stride_channel == 1 ? 0 : ceil_div(a.dims.in_channels, kLine) * 64);
+  return b;
+}
 static size_t conv_scratch_floats(const ConvArgs& a, const ConvLayout&) {
-  return static_cast<size_t>((pixels_size(kRun, a.dims.in_channels) + memory_size(kRun)) / 4);
+  return static_cast<size_t>(conv_buffers_of(a).size / 4);
 }
 
 template <class Storage>
-static void pointwise(const ConvArgs& a, const ConvLayout& l, const ConvItem& item, float* scratch) {
+struct ConvWork {
   using Element = typename Storage::Element;
-  TileShapes shapes;
-  char* memory_at = reinterpret_cast<char*>(scratch) + pixels_size(kRun, a.dims.in_channels);
-  const Memory memory = {reinterpret_cast<uint16_t*>(memory_at), reinterpret_cast<float*>(memory_at + 2 * kStripTiles * 2)};
-  const int64_t all = a.batch * a.out_height * a.out_width, end = min64(item.line_end * kPointwiseLine, all);
-  for (int64_t pixel = item.line_begin * kPointwiseLine; pixel < end; pixel += kRun) {
-    const int64_t count = min64(kRun, end - pixel);
-    const Pixels pixels = pixels_for(reinterpret_cast<uint16_t*>(scratch), count, a.dims.in_channels);
-    split_pixels<Storage>(static_cast<const Element*>(a.x) + pixel * a.x_stride_pixel, a.x_stride_pixel, 0, count,
-                          a.dims.in_channels, 0, pixels);
-    Output<Storage> output;
-    output.y = static_cast<Element*>(a.y) + pixel * a.dims.out_channels;
-    output.y_stride = a.dims.out_channels;
-    output.x = nullptr;
-    output.x_stride = 0;
-    output.channels = static_cast<int>(a.dims.out_channels);
-    output.bounded = bounds(a.activation);
-    output.lo = V::set(a.activation.lo);
-    output.hi = V::set(a.activation.hi);
-    const int64_t column = item.panel_begin * l.panel;
-    output.y += column * kTileRows;
-    output.channels -= static_cast<int>(column * kTileRows);
-    multiply_into_y<Storage>(shapes, pixels,
-                             {a.packed + l.w + column * kTileRows * pixels.depth.padded(), a.packed + l.b + column * kTileRows,
-                              min64(item.panel_end * l.panel, l.out_padded / kTileRows) - column},
-                             memory, output);
+  const ConvArgs& a;
+  const ConvLayout& l;
+  const ConvItem& item;
+  const ConvBuffers b;
+  char* const memory;
+
+  // Pixels of x from the `first`-th output pixel on, split.
+  void read(int64_t first, Pixels& to) const {
+    const auto* x = static_cast<const Element*>(a.x);
+    const int64_t channels = a.dims.in_channels;
+    const bool adjoin = a.x_stride_row == a.width * a.x_stride_pixel && a.x_stride_image == a.height * a.x_stride_row;
+    if (is_pointwise(a) && adjoin && a.x_stride_channel == 1)
+      return split_pixels<true, Storage>(x + first * a.x_stride_pixel, a.x_stride_pixel, 0, to.count, channels, 0, to);
+    auto* gathered = reinterpret_cast<Element*>(memory + b.pixel);
+    for (int64_t p = 0; p < to.count; ++p) {
+      const int64_t line = (first + p) / a.out_width, row = line % a.out_height * a.stride - a.pad_top;
+      const int64_t column = (first + p) % a.out_width * a.stride - a.pad_left;
+      const bool inside = row >= 0 && row < a.height && column >= 0 && column < a.width;
+      const Element* from =
+          x + line / a.out_height * a.x_stride_image + row * a.x_stride_row + column * a.x_stride_pixel;
+      if (inside && a.x_stride_channel != 1) {
+        for (int64_t c = 0; c < channels; ++c) gathered[c] = from[c * a.x_stride_channel];
+        from = gathered;
+      }
+      if (inside)
+        split_pixels<true, Storage>(from, 0, p, 1, channels, 0, to);
+      else
+        split_pixels<false, Own>(kZeros, 0, p, 1, 1, 0, to);
+    }
   }
-  shapes.release();
-}
+
+  void run() const {
+    TileShapes shapes;
+    const int64_t channels = a.dims.out_channels, all = a.batch * a.out_height * a.out_width;
+    const int64_t line = is_pointwise(a) ? kPointwiseLine : a.out_width, end = min64(item.line_end * line, all);
+    const int64_t column = item.panel_begin * l.panel, from_channel = column * kTileRows;
+    const int64_t columns = min64(item.panel_end * l.panel, l.out_padded / kTileRows) - column;
+    const int64_t depth = ceil_div(a.dims.in_channels, kPanel) * kPanel;
+    const Weights w = {a.packed + l.w + from_channel * depth, a.packed + l.b + from_channel, columns,
+                       channels - from_channel, depth * kPanel};
+    const Workspace workspace = workspace_in(memory + b.workspace);
+    for (int64_t pixel = item.line_begin * line; pixel < end; pixel += kRun) {
+      Pixels pixels = pixels_in(reinterpret_cast<uint16_t*>(memory), min64(kRun, end - pixel), a.dims.in_channels);
+      read(pixel, pixels);
+      Element* y = static_cast<Element*>(a.y) + pixel * channels + from_channel;
+      if constexpr (Storage::kOwn) {
+        product(shapes, pixels, w, workspace, ToY{y, nullptr, channels, 0, channels - from_channel, a.activation});
+      } else {
+        auto* wide = reinterpret_cast<float*>(memory + b.y);
+        const int64_t some = min64(columns * kTileRows, channels - from_channel);
+        product(shapes, pixels, w, workspace, ToY{wide, nullptr, some, 0, some, a.activation});
+        write_rows(wide, pixels.count,
+                   Output<Storage>{y, channels, nullptr, 0, static_cast<int>(some), false, V::set(0), V::set(0)});
+      }
+    }
+    shapes.release();
+  }
+};
 
 static void conv_work(const ConvArgs& a, const ConvLayout& l, const ConvItem& item, float* scratch) {
-  with_storage(a.dtype, [&](auto storage) { pointwise<decltype(storage)>(a, l, item, scratch); });
+  char* memory = reinterpret_cast<char*>(scratch);
+  with_storage(a.dtype,
+               [&](auto storage) { ConvWork<decltype(storage)>{a, l, item, conv_buffers_of(a), memory}.run(); });
 }
 
 }  // namespace
 
 extern const TierKernels kernels_avx512bf16x3;
 const TierKernels kernels_avx512bf16x3 = {
-    V::width, V::kMaxPanel, 0,       scratch_floats, work,    nullptr, conv_scratch_floats, conv_work, nullptr, nullptr,
-    nullptr,  nullptr,      nullptr, nullptr,        nullptr, nullptr, fma_chains,          nullptr,   3};
+    V::width,  V::kMaxPanel, 0,       scratch_floats, work,    nullptr, conv_scratch_floats,
+    conv_work, nullptr,      nullptr, nullptr,        nullptr, nullptr, nullptr,
+    nullptr,   nullptr,      nullptr, nullptr,        3};
 
 }  // namespace mbv2
