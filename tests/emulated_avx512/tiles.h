@@ -1,5 +1,5 @@
-// The tile registers of AMX: what tests/test_avx512_emulated.py runs csrc/core/x86_avx512amx.cpp on. As the Intel SDM
-// defines the instructions, to the last bit; where hardware would fault, or read what nothing says, a test ends here.
+// The tile registers of AMX: what tests/test_avx512_emulated.py runs csrc/core/amx_tiles.h on. As the Intel SDM defines
+// the instructions, to the last bit; where hardware would fault, or read what nothing says, a test ends here.
 #pragma once
 
 #include <immintrin.h>
@@ -22,7 +22,7 @@ inline thread_local Tiles tiles;  // a thread's, and one for all files
 
 inline void require(bool holds, const char* what) {
   if (holds) return;
-  std::fprintf(stderr, "emulated AMX: %s\n", what);
+  std::fprintf(stderr, "emulated: %s\n", what);
   std::abort();
 }
 
@@ -57,6 +57,10 @@ inline void require_tile(int tile) {
   require(tiles.configured && tiles.rows[tile] != 0, "a tile that is not configured");
 }
 
+inline void tilezero(int tile) {
+  require_tile(tile);
+  std::memset(tiles.data[tile], 0, sizeof tiles.data[tile]);
+}
 inline void tileloadd(int tile, const void* first, int64_t stride) {
   require_tile(tile);
   auto& data = tiles.data[tile];
@@ -121,6 +125,7 @@ inline void tdpbf16ps(int sums, int a, int b) {
 
 #define emulated_ldtilecfg emulated::ldtilecfg
 #define emulated_tilerelease emulated::tilerelease
+#define emulated_tilezero emulated::tilezero
 #define emulated_tileloadd emulated::tileloadd
 #define emulated_tilestored emulated::tilestored
 #define emulated_tdpbf16ps emulated::tdpbf16ps
