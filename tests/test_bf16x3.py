@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -154,26 +154,25 @@ def as_images(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels.view(-1, *size, pixels.shape[1]).permute(0, 3, 1, 2)
 
 
-def exact_project(depth: int, channels: int, size: tuple[int, int]) -> tuple[Tensor, list[Tensor | None], Tensor]:
-    """x and weights of a block without expand whose depthwise convolution changes nothing, and what it must give."""
+class Exact(NamedTuple):
+    """A block of which one product is all there is: with a depthwise convolution that changes nothing."""
+
+    x: Tensor
+    weights: list[Tensor | None]
+    expected: Tensor  # in float64
+
+
+def exact_block(part: str, depth: int, channels: int, size: tuple[int, int], activation: str) -> Exact:
+    """Its expand with a project that changes the order of channels, or its project without an expand."""
     x, w, bias = exact_factors(depth, size[0] * size[1], channels)
-    depthwise = torch.zeros(depth, 1, 3, 3)
+    depthwise = torch.zeros(channels if part == "expand" else depth, 1, 3, 3)
     depthwise[:, :, 1, 1] = 1
-    weights = [None, None, depthwise, None, w[..., None, None], bias]
-    return as_images(x, size), weights, as_images(x.double() @ w.double().T + bias.double(), size)
-
-
-def exact_expand(depth: int, channels: int, size: tuple[int, int]) -> tuple[Tensor, list[Tensor | None], Tensor]:
-    """... whose depthwise convolution and project change nothing but the channels' order."""
-    x, w, bias = exact_factors(depth, size[0] * size[1], channels)
-    depthwise = torch.zeros(channels, 1, 3, 3)
-    depthwise[:, :, 1, 1] = 1
-    order = torch.randperm(channels)
-    weights = [w[..., None, None], bias, depthwise, None, torch.eye(channels)[order][..., None, None], None]
-    return as_images(x, size), weights, as_images(x.double() @ w.double().T + bias.double(), size)[:, order]
-
-
-EXACT = {"expand": exact_expand, "project": exact_project}
+    activate, images, w = ACTIVATIONS[activation], as_images(x, size), w[..., None, None]
+    if part == "expand":
+        order = torch.randperm(channels)
+        weights = [w, bias, depthwise, None, torch.eye(channels)[order][..., None, None], None]
+        return Exact(images, weights, activate(F.conv2d(*double([images, w, bias])))[:, order])
+    return Exact(images, [None, None, depthwise, None, w, bias], F.conv2d(*double([activate(images), w, bias])))
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -186,25 +185,24 @@ def test_each_part_matters(depth: int) -> None:
         assert product.ne(0).double().mean() > 0.4 if i + j <= 4 else not product.any()
 
 
-@pytest.mark.parametrize("part", EXACT)
+@pytest.mark.parametrize("part", ["expand", "project"])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_blocks_are_exact(depth: int, part: str) -> None:
     for size, channels in zip(SIZES, itertools.cycle((17, 64, 33, 8, 80))):
-        x, weights, expected = EXACT[part](depth, channels, size)
-        assert torch.equal(expected.float().double(), expected)
-        y = run(NAME, x, weights, activation="none")
-        assert torch.equal(y.double(), expected), f"{int((y != expected).sum())} of {y.numel()} differ"
+        for activation in ("none", "relu6"):
+            block = exact_block(part, depth, channels, size, activation)
+            y = run(NAME, block.x, block.weights, activation=activation)
+            assert torch.equal(y.double(), block.expected), f"{int((y != block.expected).sum())} of {y.numel()} differ"
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_convolutions_are_exact(depth: int) -> None:
+def test_convolutions_are_exact(depth: int, memory_format: torch.memory_format) -> None:
     for size, channels in zip((*SIZES, (19, 21)), itertools.cycle((17, 64, 33, 7, 80))):
         x, w, bias = exact_factors(depth, size[0] * size[1], channels)
-        expected = as_images(x.double() @ w.double().T + bias.double(), size)
-        for memory_format in (torch.channels_last, torch.contiguous_format):
-            images = as_images(x, size).contiguous(memory_format=memory_format)
-            y = run_conv(NAME, images, w[..., None, None], bias)
-            assert torch.equal(y.double(), expected), f"{int((y != expected).sum())} of {y.numel()} differ"
+        images, w = as_images(x, size).contiguous(memory_format=memory_format), w[..., None, None]
+        y, expected = run_conv(NAME, images, w, bias), F.conv2d(*double([images, w, bias]))
+        assert torch.equal(y.double(), expected), f"{int((y != expected).sum())} of {y.numel()} differ"
 
 
 # ---- NaN, infinities, huge and tiny numbers --------------------------------------------------------------------------

@@ -37,6 +37,7 @@ EMULATED Whole join(Half lo, Half hi) {
   }
 HALVES_2(add_ps, __m512, __m256, _mm256_add_ps)
 HALVES_2(sub_ps, __m512, __m256, _mm256_sub_ps)
+HALVES_2(mul_ps, __m512, __m256, _mm256_mul_ps)
 HALVES_2(max_ps, __m512, __m256, _mm256_max_ps)
 HALVES_2(min_ps, __m512, __m256, _mm256_min_ps)
 HALVES_2(unpacklo_ps, __m512, __m256, _mm256_unpacklo_ps)  // of each 128 bits, as AVX2 does it
@@ -296,6 +297,7 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_min_ps emulated::min_ps
 #define _mm512_movehdup_ps emulated::movehdup_ps
+#define _mm512_mul_ps emulated::mul_ps
 #define _mm512_or_si512 emulated::or_si512
 #define _mm512_set1_epi32 emulated::set1_epi32
 #define _mm512_set1_pd emulated::set1_pd
