@@ -48,6 +48,11 @@ def run_conv(tier: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, a
     return ops.conv_act_packed(x, packed, len(weight), 1, 1, 0, activation)
 
 
+def own(weights: list[Tensor | None]) -> bool:
+    """Whether a block has kernels of this tier's own: by its packed weights, behind the header."""
+    return not torch.equal(*(ops.pack_inverted_residual(*weights, tier)[16:] for tier in (NAME, BASE)))
+
+
 # ---- Accuracy --------------------------------------------------------------------------------------------------------
 
 
@@ -188,9 +193,10 @@ def test_each_part_matters(depth: int) -> None:
 @pytest.mark.parametrize("part", ["expand", "project"])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_blocks_are_exact(depth: int, part: str) -> None:
-    for size, channels in zip(SIZES, itertools.cycle((17, 64, 33, 8, 80))):
+    for size, channels in zip(SIZES, itertools.cycle((57, 64, 80, 65, 129))):
         for activation in ("none", "relu6"):
             block = exact_block(part, depth, channels, size, activation)
+            assert own(block.weights)
             y = run(NAME, block.x, block.weights, activation=activation)
             assert torch.equal(y.double(), block.expected), f"{int((y != block.expected).sum())} of {y.numel()} differ"
 
@@ -356,6 +362,13 @@ def test_summary_and_status_name_it() -> None:
             assert [name for name, row in rows().items() if row[1] and name in (NAME, BASE)] == [tier]
     assert rows()[NAME][0] and "bfloat16" in rows()[NAME][2]
     assert not rows()[BASE][2]
+
+
+def test_blocks_of_few_channels_are_those_of_avx512() -> None:
+    for channels in ((8, 24, 8), (16, 96, 24), (33, 65, 17)):
+        weights, x = make_weights(*channels), torch.randn(1, channels[0], 9, 7)
+        assert not own(weights)
+        assert torch.equal(run(NAME, x, weights), run(BASE, x, weights))
 
 
 def test_training_and_gradients_are_those_of_avx512() -> None:

@@ -190,10 +190,6 @@ EMULATED __m512i loadu_si512(const void* p) {
   return v;
 }
 EMULATED void storeu_si512(void* p, __m512i v) { __builtin_memcpy(p, &v, sizeof v); }
-EMULATED void store_si512(void* p, __m512i v) {
-  require(reinterpret_cast<uintptr_t>(p) % 64 == 0, "a store of a whole cache line that lies in two");
-  storeu_si512(p, v);
-}
 EMULATED __m512i mask_blend_epi16(unsigned mask, __m512i a, __m512i b) {  // b where the bit is set
   short x[32], y[32];
   storeu_si512(x, a);
@@ -307,7 +303,6 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_shuffle_ps(a, b, lanes) emulated::shuffle_ps<lanes>(a, b)
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_srli_epi32 emulated::srli_epi32
-#define _mm512_store_si512 emulated::store_si512
 #define _mm512_storeu_ps emulated::storeu_ps
 #define _mm512_storeu_si512 emulated::storeu_si512
 #define _mm512_stream_ps emulated::storeu_ps
