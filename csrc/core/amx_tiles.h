@@ -1,5 +1,5 @@
-// The instructions on tiles of AMX, for the tiers that multiply them: amx.h says what a tile is. Registers 0 to 3: sums;
-// 4 and 5: pixels; 6 and 7: weights. The compiler knows nothing of them.
+// The instructions on tiles of AMX, for the tiers that multiply them: amx.h says what a tile is. Registers 0 to 3:
+// sums; 4 and 5: pixels; 6 and 7: weights. The compiler knows nothing of them.
 //
 // Included by their files inside their own anonymous namespaces, as tile_generic.h is. No #pragma once.
 
