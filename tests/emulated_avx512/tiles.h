@@ -57,10 +57,6 @@ inline void require_tile(int tile) {
   require(tiles.configured && tiles.rows[tile] != 0, "a tile that is not configured");
 }
 
-inline void tilezero(int tile) {
-  require_tile(tile);
-  std::memset(tiles.data[tile], 0, sizeof tiles.data[tile]);
-}
 inline void tileloadd(int tile, const void* first, int64_t stride) {
   require_tile(tile);
   auto& data = tiles.data[tile];
@@ -125,7 +121,6 @@ inline void tdpbf16ps(int sums, int a, int b) {
 
 #define emulated_ldtilecfg emulated::ldtilecfg
 #define emulated_tilerelease emulated::tilerelease
-#define emulated_tilezero emulated::tilezero
 #define emulated_tileloadd emulated::tileloadd
 #define emulated_tilestored emulated::tilestored
 #define emulated_tdpbf16ps emulated::tdpbf16ps
