@@ -150,7 +150,8 @@ def get_fp16_accumulation() -> bool:
 
 def fp16_accumulation_missing() -> str | None:
     """Why float16 tensors cannot be added up in float16 here, or None."""
-    return _missing(_C.fp16_tier(), (None, _C.bf16_tier()["name"], _C.tiers()[0]["name"]))
+    wide = [tier["name"] for tier in _C.tiers() if "avx512f" in tier["features"]]
+    return _missing(_C.fp16_tier(), (None, _C.bf16_tier()["name"], *wide))
 
 
 def bf16_tier_missing() -> str | None:

@@ -50,8 +50,12 @@ class Status:
             lines.append(f"{backend.name:10} {'yes' if backend.available else 'no':4} {backend.reason}".rstrip())
             for tier in backend.tiers:
                 state = "active" if tier.active else "yes" if tier.runnable else "no"
-                lines.append(f"  {tier.name:10} {state:6} {tier.reason}".rstrip())
+                lines.append(f"  {tier.name:12} {state:6} {tier.reason}".rstrip())
         return "\n".join(lines)
+
+
+#: What its name does not say of a tier for float32.
+_BF16X3 = "float32 as sums of three bfloat16 numbers, on AMX"
 
 
 def _cpu() -> BackendStatus:
@@ -66,7 +70,7 @@ def _cpu() -> BackendStatus:
             compiled=tier["compiled"],
             runnable=tier["runnable"],
             active=tier["name"] == active,
-            reason=tier["reason"] or "",
+            reason=tier["reason"] or (_BF16X3 if tier["name"] == "avx512bf16x3" else ""),
         )
         for tier in _C.tiers()
     )

@@ -21,6 +21,7 @@ import pytest
 import torch
 from blocks import BOUNDS, DTYPES, PAIRED, PAIRED_HIDDEN, PAIRED_OUT, PATCHES, make_weights, relative_error
 from test_bf16_numerics import CHANNELS, Config, short_block
+from test_bf16x3 import DEPTHS, exact_block
 from test_train_ops import LAYER_CASES, Case, arguments, layer_mistakes, layer_phases, mistakes, phases, results
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +34,7 @@ EMULATION = ROOT / "tests/emulated_avx512"
 COMPILER = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
 TIERS = {tier["name"]: tier for tier in _C.all_tiers()}
 #: The tiers that are emulated, and which dtypes they are for.
-EMULATED = {"avx512": DTYPES, "avx512amx": (torch.bfloat16,)}
+EMULATED = {"avx512": DTYPES, "avx512bf16x3": DTYPES, "avx512amx": (torch.bfloat16,)}
 CLAMPS = ("none", "relu", "relu6")  # in the order of driver.cpp
 
 pytestmark = [
@@ -63,7 +64,9 @@ each_dtype = pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=lacking
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The core with the emulated tiers, and the C entries of driver.cpp."""
     folder = tmp_path_factory.mktemp("emulated")
-    tiers = [tier for tier in EMULATED if not TIERS[tier]["runnable"]]
+    # avx512bf16x3 takes kernels from avx512 where it has none of its own.
+    needed_by = {"avx512": "avx512bf16x3"}
+    tiers = [tier for tier in EMULATED if not TIERS[needed_by.get(tier, tier)]["runnable"]]
     files = [f"x86_{tier}" for tier in tiers]
     # Not optimised: that would take a minute to compile.
     flags = ["-std=c++17", "-O0", "-fPIC", *(f"-DMBV2_HAVE_{tier.upper()}" for tier in tiers), "-I", str(CORE)]
@@ -249,6 +252,16 @@ def test_convolutions(library: ctypes.CDLL, tier: str, dtype: torch.dtype) -> No
                 pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, bias, x, y))
                 library.convolve(tier.encode(), (ctypes.c_int64 * len(numbers))(*numbers), *pointers, threads)
                 assert relative_error(y, wanted) < BOUNDS[dtype]
+
+
+@lacking("avx512bf16x3")
+@pytest.mark.parametrize("part", ["expand", "project"])
+@pytest.mark.parametrize("depth", DEPTHS[:11])
+def test_bf16x3_to_the_last_bit(run: Run, depth: int, part: str) -> None:
+    """As test_bf16x3.py has it: each part of a factor matters, and sums are exact in any order."""
+    for channels, size in ((57, (3, 5)), (64, (4, 8)), (65, (7, 7))):
+        block = exact_block(part, depth, channels, size, "relu6")
+        assert torch.equal(run("avx512bf16x3", block.x, block.weights).double(), block.expected)
 
 
 @lacking("avx512amx")

@@ -249,7 +249,7 @@ def test_file_with_too_many_flags_is_found(tmp_path: Path, file: str, flags: lis
 
 @needs_compiler
 @pytest.mark.skipif(not _C.bf16_tier()["compiled"], reason="the compiler knows no AMX")
-@pytest.mark.parametrize("tier", ["avx512", "avx512amx"])
+@pytest.mark.parametrize("tier", ["avx512", "avx512bf16x3", "avx512amx"])
 @pytest.mark.parametrize(
     "code", ["tdpbf16ps %tmm2, %tmm1, %tmm0", "tileloadd (%rax,%rcx,1), %tmm3", "ldtilecfg (%rax)", "tilerelease"]
 )

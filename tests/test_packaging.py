@@ -216,11 +216,12 @@ def test_each_file_gets_its_own_flags(source: Path, tmp_path: Path) -> None:
         if name == "x86_avx2.cpp":
             assert {"-mavx2", "-mfma", "-mf16c"} < machine_flags
             assert not any("avx512" in flag for flag in machine_flags)
-        elif name in ("x86_avx512.cpp", "x86_avx512amx.cpp", "x86_avx512fp16.cpp"):
+        elif name.startswith("x86_avx512"):
             assert {"-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"} < machine_flags
             assert ("-mavx512fp16" in machine_flags) == ("fp16" in name)
-            for flag in ("-mamx-tile", "-mamx-bf16", "-mavx512bf16"):
-                assert (flag in machine_flags) == ("amx" in name)
+            for flag in ("-mamx-tile", "-mamx-bf16"):
+                assert (flag in machine_flags) == (name in ("x86_avx512amx.cpp", "x86_avx512bf16x3.cpp"))
+            assert ("-mavx512bf16" in machine_flags) == ("amx" in name)
         else:
             assert not machine_flags, name
         assert {"-std=c++17", "-fvisibility=hidden", "-DMBV2_HAVE_AVX2", "-DMBV2_HAVE_AVX512"} < set(calls[name])
@@ -235,9 +236,9 @@ def test_each_file_gets_its_own_flags(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("unknown", "lost"),
     [
-        ("-mavx512f", ["avx512", "avx512amx", "avx512fp16"]),
+        ("-mavx512f", ["avx512bf16x3", "avx512", "avx512amx", "avx512fp16"]),
         ("-mavx512fp16", ["avx512fp16"]),
-        ("-mamx-bf16", ["avx512amx"]),
+        ("-mamx-bf16", ["avx512bf16x3", "avx512amx"]),
         ("-mavx512bf16", ["avx512amx"]),
     ],
 )
@@ -245,7 +246,7 @@ def test_compiler_without_a_feature_loses_its_tiers_only(
     source: Path, tmp_path: Path, unknown: str, lost: list[str]
 ) -> None:
     calls, printed = commands(source, tmp_path, unknown=unknown)
-    for tier in ("avx2", "avx512", "avx512amx", "avx512fp16"):
+    for tier in ("avx512bf16x3", "avx512", "avx2", "avx512amx", "avx512fp16"):
         said = re.search(rf"built without tier {tier}, the compiler lacks .*{unknown}\b", printed)
         assert bool(said) == (tier in lost)
         assert (f"x86_{tier}.cpp" in calls) == (tier not in lost)

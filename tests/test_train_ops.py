@@ -13,7 +13,7 @@ from torch import Tensor
 from mbv2_kernels import _C, backends, training_reference
 
 TIERS = [tier["name"] for tier in _C.tiers() if tier["runnable"]]
-WIDTHS = {"portable": 4, "avx2": 8, "avx512": 16}
+WIDTHS = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16x3": 16}
 
 
 @pytest.fixture(autouse=True)

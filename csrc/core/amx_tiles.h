@@ -23,10 +23,6 @@ template <int Tile>
 V_INLINE void store_tile(void* first, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(first), "r"(row_bytes), "i"(Tile) : "memory");
 }
-template <int Tile>
-V_INLINE void zero_tile() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
-}
 template <int Sums, int Pixels, int Weights>
 V_INLINE void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Pixels), "i"(Weights));
@@ -41,10 +37,6 @@ V_INLINE void load_tile(const void* first, int64_t row_bytes) {
 template <int Tile>
 V_INLINE void store_tile(void* first, int64_t row_bytes) {
   emulated_tilestored(Tile, first, row_bytes);
-}
-template <int Tile>
-V_INLINE void zero_tile() {
-  emulated_tilezero(Tile);
 }
 template <int Sums, int Pixels, int Weights>
 V_INLINE void multiply_tiles() {

@@ -1,7 +1,7 @@
-// Stands in front of the compiler's <immintrin.h> to run csrc/core/x86_avx512.cpp and x86_avx512amx.cpp on a CPU with
-// AVX2 only: every AVX-512 intrinsic that the files use, on two AVX2 registers or lane by lane, as Intel's guide
-// defines it; tiles.h has those of AMX. An intrinsic that is missing here does not compile. It shows that the
-// arithmetic is right, and nothing about speed.
+// Stands in front of the compiler's <immintrin.h> to run csrc/core/x86_avx512.cpp, x86_avx512bf16x3.cpp and
+// x86_avx512amx.cpp on a CPU with AVX2 only: every AVX-512 intrinsic that the files use, on two AVX2 registers or lane by
+// lane, as Intel's guide defines it; tiles.h has those of AMX. An intrinsic that is missing here does not compile. It
+// shows that the arithmetic is right, and nothing about speed.
 #pragma once
 
 #include_next <immintrin.h>
@@ -37,6 +37,7 @@ EMULATED Whole join(Half lo, Half hi) {
   }
 HALVES_2(add_ps, __m512, __m256, _mm256_add_ps)
 HALVES_2(sub_ps, __m512, __m256, _mm256_sub_ps)
+HALVES_2(mul_ps, __m512, __m256, _mm256_mul_ps)
 HALVES_2(max_ps, __m512, __m256, _mm256_max_ps)
 HALVES_2(min_ps, __m512, __m256, _mm256_min_ps)
 HALVES_2(unpacklo_ps, __m512, __m256, _mm256_unpacklo_ps)  // of each 128 bits, as AVX2 does it
@@ -189,6 +190,14 @@ EMULATED __m512i loadu_si512(const void* p) {
   return v;
 }
 EMULATED void storeu_si512(void* p, __m512i v) { __builtin_memcpy(p, &v, sizeof v); }
+EMULATED __m512i mask_blend_epi16(unsigned mask, __m512i a, __m512i b) {  // b where the bit is set
+  short x[32], y[32];
+  storeu_si512(x, a);
+  storeu_si512(y, b);
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) x[i] = y[i];
+  return loadu_si512(x);
+}
 EMULATED __m512i setzero_si512() { return set1_epi32(0); }
 // To nearest, ties to even; denormals become zero, NaN quiet.
 EMULATED void round_to_bf16(__m512 v, unsigned short* to) {
@@ -271,6 +280,7 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_loadu_ps emulated::loadu_ps
 #define _mm512_loadu_si512 emulated::loadu_si512
 #define _mm512_mask_add_epi32 emulated::mask_add_epi32
+#define _mm512_mask_blend_epi16 emulated::mask_blend_epi16
 #define _mm512_mask_mov_ps emulated::mask_mov_ps
 #define _mm512_mask_or_epi32 emulated::mask_or_epi32
 #define _mm512_mask_storeu_epi16 emulated::mask_storeu_epi16
@@ -283,6 +293,7 @@ EMULATED __m256i cvtps_ph(__m512 a) {
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_min_ps emulated::min_ps
 #define _mm512_movehdup_ps emulated::movehdup_ps
+#define _mm512_mul_ps emulated::mul_ps
 #define _mm512_or_si512 emulated::or_si512
 #define _mm512_set1_epi32 emulated::set1_epi32
 #define _mm512_set1_pd emulated::set1_pd

@@ -1,5 +1,5 @@
-// The tile registers of AMX: what tests/test_avx512_emulated.py runs csrc/core/x86_avx512amx.cpp on. As the Intel SDM
-// defines the instructions, to the last bit; where hardware would fault, or read what nothing says, a test ends here.
+// The tile registers of AMX: what tests/test_avx512_emulated.py runs csrc/core/amx_tiles.h on. As the Intel SDM defines
+// the instructions, to the last bit; where hardware would fault, or read what nothing says, a test ends here.
 #pragma once
 
 #include <immintrin.h>
@@ -22,7 +22,7 @@ inline thread_local Tiles tiles;  // a thread's, and one for all files
 
 inline void require(bool holds, const char* what) {
   if (holds) return;
-  std::fprintf(stderr, "emulated AMX: %s\n", what);
+  std::fprintf(stderr, "emulated: %s\n", what);
   std::abort();
 }
 
