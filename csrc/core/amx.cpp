@@ -2,6 +2,7 @@
 #include "amx.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "pack.h"
@@ -39,11 +40,12 @@ void fill_strips(int64_t channels, int64_t depth, float* to, const Weight& weigh
             for (int64_t c = first; c < first + kTileRows; ++c) *to++ = c < channels && k < depth ? weight(c, k) : 0.0f;
 }
 template <class Weight>
-void fill(int64_t channels, int64_t depth, int parts, float* to, const Weight& weight) {
-  if (parts == 1)
-    fill_tiles(channels, depth, to, weight);
-  else
-    fill_strips(channels, depth, to, weight);
+void fill(int64_t channels, int64_t depth, int parts, float* packed, int64_t at, const Weight& weight) {
+  if (parts == 1) return fill_tiles(channels, depth, packed + at, weight);
+  fill_strips(channels, depth, packed + at, weight);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t k = 0; k < depth; ++k)
+      if (!(std::fabs(weight(c, k)) < kTooLarge)) reinterpret_cast<PackedHeader*>(packed)->wild = 1;
 }
 
 void fill_bias(const float* bias, int64_t channels, float* to) {
@@ -89,7 +91,7 @@ PackedLayout tile_layout(const BlockDims& d, int parts) {
 void pack_tiles(const BlockDims& d, const RawWeights& raw, int parts, float* packed) {
   const PackedLayout l = tile_layout(d, parts);
   if (d.expand) {
-    fill(d.hidden_channels, d.in_channels, parts, packed + l.w1,
+    fill(d.hidden_channels, d.in_channels, parts, packed, l.w1,
          [&](int64_t c, int64_t k) { return raw.w_expand[c * d.in_channels + k]; });
     fill_bias(raw.b_expand, d.hidden_channels, packed + l.b1);
   }
@@ -101,7 +103,7 @@ void pack_tiles(const BlockDims& d, const RawWeights& raw, int parts, float* pac
       packed[l.wd + p / kTileRows * kTileRows * taps + t * kTileRows + p % kTileRows] = raw.w_depthwise[c * taps + t];
     packed[l.b2 + p] = raw.b_depthwise ? raw.b_depthwise[c] : 0.0f;
   }
-  fill(d.out_channels, l.hidden_padded, parts, packed + l.w2, [&](int64_t o, int64_t k) {
+  fill(d.out_channels, l.hidden_padded, parts, packed, l.w2, [&](int64_t o, int64_t k) {
     const int64_t c = parts == 1 ? channel_at(k) : k;
     return c < d.hidden_channels ? raw.w_project[o * d.hidden_channels + c] : 0.0f;
   });
@@ -122,7 +124,7 @@ ConvLayout tile_layout(const ConvDims& d, int parts) {
 void pack_tiles(const ConvDims& d, const float* weight, const float* bias, int parts, float* packed) {
   const ConvLayout l = tile_layout(d, parts);
   const int64_t taps = d.kernel * d.kernel;
-  fill(d.out_channels, taps * d.in_channels, parts, packed + l.w, [&](int64_t o, int64_t k) {
+  fill(d.out_channels, taps * d.in_channels, parts, packed, l.w, [&](int64_t o, int64_t k) {
     return weight[(o * d.in_channels + k % d.in_channels) * taps + k / d.in_channels];
   });
   fill_bias(bias, d.out_channels, packed + l.b);

@@ -24,6 +24,8 @@
 namespace mbv2 {
 
 constexpr int64_t kTileRows = 16, kTileDepth = 32;
+// Where bf16x3's partial products of numbers could overflow.
+constexpr float kTooLarge = 0x1p97f;
 
 // Always inlined, as functions that a tier's file and others compile have to be (csrc/README.md).
 #define MBV2_ALWAYS_INLINE inline __attribute__((always_inline))

@@ -66,6 +66,7 @@ struct Call {
   }
 };
 
+#ifdef MBV2_HAVE_AVX512BF16X3
 // A tier's kernels, and another's where it has none of its own.
 TierKernels completed(TierKernels kernels, const TierKernels& rest) {
   kernels.max_panel = rest.max_panel;
@@ -78,9 +79,9 @@ TierKernels completed(TierKernels kernels, const TierKernels& rest) {
   kernels.window_work = rest.window_work;
   kernels.multiply_doubles = rest.multiply_doubles;
   kernels.multiply_floats = rest.multiply_floats;
-  kernels.fma_chains = rest.fma_chains;
   return kernels;
 }
+#endif
 
 }  // namespace
 

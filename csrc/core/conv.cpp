@@ -66,7 +66,7 @@ bool packed_conv_tier(const float* packed, int64_t size, const ConvDims& dims, T
   PackedHeader header;
   if (!read_header(packed, size, kConvMagic, &header, tier)) return false;
   const PackedHeader expected = header_for(dims, *tier);
-  return std::memcmp(&header, &expected, sizeof header) == 0 && conv_layout(dims, *tier).size == size;
+  return same_but_weights(header, expected) && conv_layout(dims, *tier).size == size;
 }
 
 bool is_pointwise(const ConvArgs& a) {

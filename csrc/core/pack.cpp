@@ -160,7 +160,7 @@ bool packed_tier(const float* packed, int64_t size, const BlockDims& dims, Tier*
   PackedHeader header;
   if (!read_header(packed, size, kMagic, &header, tier)) return false;
   const PackedHeader expected = header_for(dims, *tier);
-  return std::memcmp(&header, &expected, sizeof header) == 0 && packed_layout(dims, *tier).size == size;
+  return same_but_weights(header, expected) && packed_layout(dims, *tier).size == size;
 }
 
 }  // namespace mbv2

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 
 #include "block.h"
@@ -15,9 +16,16 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 constexpr int64_t kPackedHeader = 16;  // floats
 struct PackedHeader {
   uint32_t magic, tier;
-  int32_t in_channels, hidden_channels, out_channels, kernel, expand, reserved;
+  int32_t in_channels, hidden_channels, out_channels, kernel, expand;
+  int32_t wild;  // bf16x3 only: weights that tiles cannot multiply
 };
 static_assert(sizeof(PackedHeader) <= kPackedHeader * sizeof(float), "the header has one cache line");
+
+// Whether it is one for these dims, whatever the weights are.
+inline bool same_but_weights(PackedHeader header, const PackedHeader& expected) {
+  header.wild = 0;
+  return std::memcmp(&header, &expected, sizeof header) == 0;
+}
 
 // False when the array is too short, was not made for `magic`, or names a tier that cannot run here.
 bool read_header(const float* packed, int64_t size, uint32_t magic, PackedHeader* header, Tier* tier);

@@ -17,13 +17,15 @@
 // Weights are fp32 in memory (amx.h has their order) and split while the tiles before them are multiplied.
 //
 // What bf16 parts cannot stand for: pixels with infinities or NaN are multiplied as fp32 (`plain_product`), so are
-// numbers so large that a partial product could overflow where the product does not. AMX takes denormals for zeros:
-// what is below 2^-110 loses bits.
+// numbers so large that a partial product could overflow where the product does not, and weights of either kind. AMX
+// takes denormals for zeros: what is below 2^-110 loses bits.
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics of shifts, where they are inlined
 #include <immintrin.h>
 
 #include "amx.h"
 #include "block.h"
 #include "conv.h"
+#include "pack.h"
 
 namespace mbv2 {
 namespace {
@@ -78,8 +80,9 @@ struct Pixels {
   ALWAYS_INLINE int64_t tiles() const { return count ? ceil_div(count, rows) : 0; }
   ALWAYS_INLINE uint16_t* row(int64_t pixel) const { return first + pixel / rows * tile() + pixel % rows * kRow; }
 };
-static Pixels pixels_in(uint16_t* memory, int64_t count, int64_t depth) {
-  return {memory, count, count ? ceil_div(count, ceil_div(count, kTileRows)) : 1, ceil_div(depth, kPanel), true};
+static ALWAYS_INLINE bool tame(const float* packed) { return !reinterpret_cast<const PackedHeader*>(packed)->wild; }
+static Pixels pixels_in(uint16_t* memory, int64_t count, int64_t depth, bool tame) {
+  return {memory, count, count ? ceil_div(count, ceil_div(count, kTileRows)) : 1, ceil_div(depth, kPanel), tame};
 }
 static int64_t pixels_size(int64_t count, int64_t depth) {  // in bytes
   return ceil_div(count, kTileRows) * ceil_div(depth, kPanel) * kStep * 2;
@@ -103,8 +106,8 @@ static __attribute__((noinline)) void split_wild(const typename Storage::Element
 template <bool Check, class Storage>
 static void split_pixels(const typename Storage::Element* x, int64_t pitch, int64_t first, int64_t count,
                          int64_t channels, int64_t step, Pixels& to) {
-  // Above 2^97 that becomes infinite, and an infinity times zero NaN.
-  const V::T large = V::set(0x1p31f), zero = V::set(0);
+  // From kTooLarge on that becomes infinite, and an infinity times zero NaN.
+  const V::T large = V::set(0x1p128 / kTooLarge), zero = V::set(0);
   const int rest = static_cast<int>(channels % kPanel), low = rest < 16 ? rest : 16, high = rest - low;
   const auto wild = [&](V::T sum, V::T v)
                         __attribute__((always_inline)) { return V::fma(_mm512_mul_ps(v, large), zero, sum); };
@@ -556,7 +559,7 @@ struct Item {
   // Input rows [begin, end): where each pixel lies in a ring, and x as a product reads it.
   Pixels prepare_rows(int64_t begin, int64_t end) {
     int32_t* to = offsets;
-    Pixels pixels = pixels_in(x_tiles, (end - begin) * a.width, a.dims.in_channels);
+    Pixels pixels = pixels_in(x_tiles, (end - begin) * a.width, a.dims.in_channels, tame(a.packed));
     for (int64_t row = begin; row < end; ++row) {
       int64_t at = ring_row(row) + a.pad_left * kPanel;
       for (int64_t c = 0; c < a.width; ++c, at += kPanel) *to++ = static_cast<int32_t>(at);
@@ -663,7 +666,8 @@ struct Item {
       held = end;
       Pixels pixels = {};
       if (a.dims.expand && end > begin) pixels = prepare_rows(begin, end);
-      Pixels of_d = pixels_in(d_tiles, (row_end - row) * a.out_width, item.hidden_end - item.hidden_begin);
+      Pixels of_d =
+          pixels_in(d_tiles, (row_end - row) * a.out_width, item.hidden_end - item.hidden_begin, tame(a.packed));
       float* chunk_rings = ring;
       for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk) {
         const int64_t hidden_end = min64(hidden + plan.chunk, item.hidden_end);
@@ -752,7 +756,8 @@ struct ConvWork {
                        channels - from_channel, depth * kPanel};
     const Workspace workspace = workspace_in(memory + b.workspace);
     for (int64_t pixel = item.line_begin * line; pixel < end; pixel += kRun) {
-      Pixels pixels = pixels_in(reinterpret_cast<uint16_t*>(memory), min64(kRun, end - pixel), a.dims.in_channels);
+      Pixels pixels =
+          pixels_in(reinterpret_cast<uint16_t*>(memory), min64(kRun, end - pixel), a.dims.in_channels, tame(a.packed));
       read(pixel, pixels);
       Element* y = static_cast<Element*>(a.y) + pixel * channels + from_channel;
       if constexpr (Storage::kOwn) {
@@ -779,8 +784,8 @@ static void conv_work(const ConvArgs& a, const ConvLayout& l, const ConvItem& it
 
 extern const TierKernels kernels_avx512bf16x3;
 const TierKernels kernels_avx512bf16x3 = {
-    V::width,  V::kMaxPanel, 0,       scratch_floats, work,    nullptr, conv_scratch_floats,
-    conv_work, nullptr,      nullptr, nullptr,        nullptr, nullptr, nullptr,
-    nullptr,   nullptr,      nullptr, nullptr,        3};
+    // the rest is avx512's: block.cpp
+    V::width, V::kMaxPanel, 0,       scratch_floats, work,    nullptr, conv_scratch_floats, conv_work, nullptr, nullptr,
+    nullptr,  nullptr,      nullptr, nullptr,        nullptr, nullptr, fma_chains,          nullptr,   3};
 
 }  // namespace mbv2
