@@ -11,7 +11,7 @@
 //           depthwise  ring of e -> d                     or d is read
 //           project             d -> h
 //           project_backward    d -> h, g2;  gw2 += gz h^T
-//           depthwise_backward  d -> ring of gd;  ring of gd, e -> g1, gwd;  t += g1 x^T
+//           depthwise_backward  d -> ring of gd;  ring of gd, e -> g1, gwd;  t += g1 (x - shift)^T
 //         project             z += w2 h                   over the chunk's panels
 //         depthwise_backward  g += w1^T g1
 //
@@ -330,10 +330,14 @@ struct Lanes {
   }
 };
 
+// In halves, as many lanes as a register has doubles. GCC 12 would convert and add them one by one.
 static ALWAYS_INLINE void add_lanes(double* sums, V::T v) {
+  using Doubles = Register<double>::Type;
+  typedef float Half __attribute__((vector_size(2 * V::width), aligned(4), may_alias));
   float lanes[V::width];
   V::store(lanes, v);
-  for (int i = 0; i < V::width; ++i) sums[i] += static_cast<double>(lanes[i]);
+  UNROLL for (int half = 0; half < 2; ++half) reinterpret_cast<Doubles*>(sums)[half] +=
+      __builtin_convertvector(reinterpret_cast<const Half*>(lanes)[half], Doubles);
 }
 
 // A pass takes a pixel's neighbouring vectors of channels together, up to a panel of them: memory is read and written
@@ -413,6 +417,13 @@ ALWAYS_INLINE void for_pixels(Vectors<Count>, int64_t pixels, const Body& body) 
   for (; p < pixels; ++p) body(p, 0);
 }
 
+// Calls body(first pixel, pixels) for runs of pixels, short enough for sums in fp32 that gradients are differences of.
+template <class Body>
+ALWAYS_INLINE void for_runs(int64_t pixels, const Body& body) {
+  constexpr int64_t kRun = 16;
+  for (int64_t p = 0; p < pixels; p += kRun) body(p, min64(kRun, pixels - p));
+}
+
 // The mean of some pixels' values, pitch floats apart: close enough to the mean of all to count from.
 NOINLINE V::T mean_of(const float* from, int64_t pitch, int64_t pixels) {
   V::T sum = V::set(0);
@@ -442,6 +453,23 @@ static void unshift_moments(const float* shift, int64_t channels, double pixels,
     sum[c] += pixels * s;
   }
 }
+
+// ExpandEpilogue begins with the bias. As that takes the mean away, a sum may be several times as large on its way as
+// it is in the end, and each step rounds off accordingly. In training the bias comes last: e is half as far off, and so
+// is all that follows from it, down to the gradients.
+struct TrainExpandEpilogue {
+  ExpandEpilogue to;
+  struct Done {
+    ExpandEpilogue::Done to;
+    const float* bias;
+    ALWAYS_INLINE void store(int64_t row, int j, V::T v) const {
+      to.store(row, j, V::add(v, V::load(bias + j * V::width)));
+    }
+  };
+  ALWAYS_INLINE V::T start(int) const { return V::set(0); }
+  ALWAYS_INLINE Done when_done() const { return {to.when_done(), to.bias}; }
+  ALWAYS_INLINE void skip(int64_t rows) { to.skip(rows); }
+};
 
 // Rows of a product added to rows of `channels` floats that lie `stride` apart.
 struct AddRows {
@@ -498,7 +526,7 @@ struct TrainBuffers {
   int64_t ring_rows, columns;   // of e, with its padding
   int64_t g_rows, g_left, g_columns;
   int64_t wide_rows, wide_pitch;
-  int64_t d, h, gh, g1, gz, z, ring, g_ring, wide, run_sums, zero_row, shift, gram, rows, offsets,
+  int64_t d, h, gh, g1, gz, z, ring, g_ring, wide, run_sums, zero_row, shift, shifted, gram, rows, offsets,
       size;  // offsets in floats
 };
 
@@ -568,7 +596,9 @@ static TrainBuffers train_buffers(const TrainArgs& a, const TrainLayout& l, cons
   b.run_sums = section(b.backward ? (a.dims.kernel * a.dims.kernel + 1) * p.chunk : 0);
   const bool is_3x3 = a.dims.kernel == 3 && a.stride == 1 && a.dilation == 1;
   b.zero_row = b.backward && is_3x3 ? section(b.g_columns * p.pitch) : 0;  // what lies above and below all rows of gd
-  b.shift = section(is_depthwise ? l.hidden_padded : is_project ? l.out_padded : 0);
+  const bool has_t = b.backward && a.t;
+  b.shift = section(is_depthwise ? l.hidden_padded : is_project ? l.out_padded : has_t ? l.in_padded : 0);
+  b.shifted = section(has_t ? b.part_rows * a.width * b.wide_pitch : 0);
   b.rows = section(b.keeps_d ? 0 : b.new_rows * a.dims.kernel * static_cast<int64_t>(sizeof(float*)) / 4);
   b.offsets = section(b.ring_rows * a.width);
   b.size = at;
@@ -671,7 +701,7 @@ struct TrainWork {
     }
     product(panel.vectors, {input_row(begin), input_pitch(), in_channels}, (end - begin) * a.width,
             packed + l.expand + panel.hidden * in_channels,
-            ExpandEpilogue{packed + l.expand_bias + panel.hidden, e_ring(panel), offsets, &a.activation});
+            TrainExpandEpilogue{{packed + l.expand_bias + panel.hidden, e_ring(panel), offsets, &a.activation}});
   }
 
   // A panel's part of a row of x, which the depthwise passes read without an expand layer.
@@ -821,19 +851,22 @@ struct TrainWork {
            [&](auto vectors, auto d, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
              constexpr int kVectors = decltype(vectors)::count;
              const Values<kVectors> scale(packed + l.scale2 + panel.hidden), shift(packed + l.shift2 + panel.hidden);
-             PixelSums<kVectors> sum, product;
-             for_pixels(vectors, pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
-               UNROLL for (int v = 0; v < kVectors; ++v) {
-                 fetch(d + p * pitch + v * V::width + next);
-                 const V::T value = lanes.load(d + p * pitch, v), before = V::fma(value, scale[v], shift[v]);
-                 const V::T g = through.keep(V::load(gh + p * h_pitch + v * V::width), before);
-                 V::store(h + p * h_pitch + v * V::width, V::clamp(before, lowest, highest));
-                 sum.add(part, v, g);
-                 product.add_product(part, v, g, value);
-               }
+             for_runs(pixels, [&](int64_t first, int64_t run) __attribute__((always_inline)) {
+               PixelSums<kVectors> sum, product;
+               for_pixels(vectors, run, [&](int64_t at, int part) __attribute__((always_inline)) {
+                 const int64_t p = first + at;
+                 UNROLL for (int v = 0; v < kVectors; ++v) {
+                   fetch(d + p * pitch + v * V::width + next);
+                   const V::T value = lanes.load(d + p * pitch, v), before = V::fma(value, scale[v], shift[v]);
+                   const V::T g = through.keep(V::load(gh + p * h_pitch + v * V::width), before);
+                   V::store(h + p * h_pitch + v * V::width, V::clamp(before, lowest, highest));
+                   sum.add(part, v, g);
+                   product.add_product(part, v, g, value);
+                 }
+               });
+               sum.add_to(item.sums + panel.hidden);
+               product.add_to(item.sums + plan.sum_width + panel.hidden);
              });
-             sum.add_to(item.sums + panel.hidden);
-             product.add_to(item.sums + plan.sum_width + panel.hidden);
            });
   }
 
@@ -923,6 +956,43 @@ struct TrainWork {
                  const Panel& panel) {
     outer_product(panel.vectors, from, from_pitch, rows, of, plan.pitch, pixels, item.matrix + panel.hidden,
                   l.hidden_padded);
+  }
+
+  // x - shift of `pixels` pixels from a row's first one on. t is made of these: the gradient of gamma is the difference
+  // of products w t and mean * sum(g), which the mean of x is in both of. Counted from near the mean, t rounds off half
+  // as much, and what sum(g) is off by cancels.
+  void shift_rows(int64_t row, int64_t pixels) {
+    const float* x = input_row(row);
+    const int64_t pitch = input_pitch();
+    for_panels(in_channels, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
+      constexpr int kVectors = decltype(vectors)::count;
+      const PanelLanes<F32, kVectors> lanes(in_channels - c);
+      const Values<kVectors> shift(scratch + b.shift + c);
+      float* out = scratch + b.shifted + c;
+      for (int64_t p = 0; p < pixels; ++p)
+        UNROLL for (int v = 0; v < kVectors; ++v)
+            V::store(out + p * b.wide_pitch + v * V::width, V::sub(lanes.load(x + c + p * pitch, v), shift[v]));
+    });
+  }
+  // Such a shift: the mean of an item's first pixels.
+  void set_shift(int64_t row, int64_t pixels) {
+    float* shift = scratch + b.shift;
+    for (int64_t c = 0; c < l.in_padded; ++c) shift[c] = 0;
+    shift_rows(row, pixels);
+    for (int64_t c = 0; c < l.in_padded; c += V::width)
+      V::store(shift + c, mean_of(scratch + b.shifted + c, b.wide_pitch, pixels));
+  }
+
+  // What t would have been of values that were not counted from `shift`.
+  void unshift_t() {
+    for (int64_t c = item.hidden_begin; c < item.hidden_end; c += V::width) {
+      float lanes[V::width];
+      for (int64_t i = 0; i < V::width; ++i) lanes[i] = static_cast<float>(item.sums[c + i]);
+      const V::T sum = V::load(lanes);
+      float* t = item.matrix + c;
+      for (int64_t i = 0; i < in_channels; ++i, t += l.hidden_padded)
+        V::store(t, V::fma(V::broadcast(scratch + b.shift + i), sum, V::load(t)));
+    }
   }
 
   // g += w1^T g1 over a chunk; `to` is the group's first pixel.
@@ -1160,6 +1230,7 @@ struct TrainWork {
                  plan.pitch);
     if (b.zero_row)
       for (int64_t i = 0; i < b.g_columns * plan.pitch; ++i) scratch[b.zero_row + i] = 0;
+    bool first_part = true;
     for_each_part(a.height, [&](int64_t part_begin, int64_t part_end) {
       const int64_t out_begin = first_out_row(part_begin), out_end = max64(end_out_row(part_end), out_begin);
       int64_t first = part_begin, end = part_end;
@@ -1168,6 +1239,12 @@ struct TrainWork {
         end = max64(end, end_input_row(out_end));
       }
       widen_rows(first, end);
+      if (item.matrix) {
+        const int64_t pixels = (part_end - part_begin) * a.width;
+        if (first_part) set_shift(part_begin, min64(pixels, kPixelBlock));
+        shift_rows(part_begin, pixels);
+        first_part = false;
+      }
       gradient_of_z((image * a.out_height + out_begin) * a.out_width, (out_end - out_begin) * a.out_width);
       for_each_chunk([&](int64_t hidden, int64_t hidden_end) {
         for (int64_t i = 0; i < run_sums; ++i) scratch[b.run_sums + i] = 0;
@@ -1185,7 +1262,9 @@ struct TrainWork {
             float* g1 = scratch + b.g1 + panel.index * panel_size();
             for (int64_t r = row; r < row_end; ++r)
               depthwise_transposed(r, panel, g1 + (r - row) * a.width * plan.pitch);
-            if (item.matrix) add_outer(input_row(row), input_pitch(), in_channels, g1, pixels, panel);
+            if (item.matrix)
+              add_outer(scratch + b.shifted + (row - part_begin) * a.width * b.wide_pitch, b.wide_pitch, in_channels,
+                        g1, pixels, panel);
             // g1 itself is the result where there is no expand layer
             if (a.g_out && !a.dims.expand) keep_rows<F32>(g1, pixel, pixels, panel, a.g_out);
           });
@@ -1198,6 +1277,7 @@ struct TrainWork {
         flush_sums(hidden, hidden_end);
       });
     });
+    if (item.matrix && !first_part) unshift_t();
   }
 
   // ---- The phases without hidden channels: runs of pixels ----
@@ -1291,17 +1371,20 @@ struct TrainWork {
         const int64_t at = pixel * out_channels + c;
         const Element *gy = static_cast<const Element*>(a.gy) + at, *z = static_cast<const Element*>(a.z) + at;
         const Values<kVectors> scale(packed + l.scale3 + c), shift(packed + l.shift3 + c);
-        PixelSums<kVectors> sum, product;
-        for_pixels(vectors, pixels, [&](int64_t p, int part) __attribute__((always_inline)) {
-          UNROLL for (int v = 0; v < kVectors; ++v) {
-            const V::T value = lanes.load(z + p * out_channels, v);
-            const V::T g = through.keep(lanes.load(gy + p * out_channels, v), V::fma(value, scale[v], shift[v]));
-            sum.add(part, v, g);
-            product.add_product(part, v, g, value);
-          }
+        for_runs(pixels, [&](int64_t first, int64_t run) __attribute__((always_inline)) {
+          PixelSums<kVectors> sum, product;
+          for_pixels(vectors, run, [&](int64_t p, int part) __attribute__((always_inline)) {
+            UNROLL for (int v = 0; v < kVectors; ++v) {
+              const int64_t i = (first + p) * out_channels;
+              const V::T value = lanes.load(z + i, v);
+              const V::T g = through.keep(lanes.load(gy + i, v), V::fma(value, scale[v], shift[v]));
+              sum.add(part, v, g);
+              product.add_product(part, v, g, value);
+            }
+          });
+          sum.add_to(item.sums + c);
+          product.add_to(item.sums + plan.sum_width + c);
         });
-        sum.add_to(item.sums + c);
-        product.add_to(item.sums + plan.sum_width + c);
       });
     });
   }
