@@ -2,7 +2,8 @@
 
 A phase sweeps over images. Between two phases stands arithmetic on vectors [channels], in float64, where it rounds
 nothing. `backends.train_phases` picks who computes both, `training_reference` says what they compute. With
-SyncBatchNorm the sums that a phase gives are added up over all processes in between.
+SyncBatchNorm the sums that a phase gives are added up over all processes in between. Without it one op runs a block's
+whole chain on CPUs (csrc/train_ops.cpp): whatever is changed here is changed there.
 
 A convolution's output v, without its bias, goes through a BatchNorm as v * scale + shift; the way back is
 
