@@ -2,6 +2,7 @@
 // stands in core/train.h and core/train_window.h. LibTorch's stable ABI only, as in ops.cpp.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -50,7 +51,15 @@ Tensor new_statistics(int64_t channels, double** pointer) {
   return result({3, channels}, {channels, 1}, ScalarType::Double, pointer);
 }
 
-// Contiguous vectors and matrices on the CPU, with the copies that this took.
+// Asked here: the dispatcher takes a while to find out that there is nothing to do.
+Tensor channels_last(const Tensor& t) {
+  const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
+  const bool is = t.stride(1) == 1 && t.stride(3) == channels && t.stride(2) == width * channels &&
+                  t.stride(0) == height * width * channels;
+  return is ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+}
+
+// Contiguous vectors and matrices on the CPU, with the copies that this took. A 1x1 convolution's weight is a matrix.
 class Vectors {
  public:
   const float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
@@ -71,7 +80,7 @@ class Vectors {
             eps};
   }
   LinearNorm linear(const Tensor& weight, const Norm& norm) {
-    check(weight.dim() == 2, "weight must be [channels, in], got ", shape_of(weight));
+    check(weight.dim() >= 2, "weight must be [channels, in], got ", shape_of(weight));
     return {norm, weight.size(1), floats("weight", weight, {norm.channels, weight.size(1)})};
   }
   NormSums sums(int64_t channels, const Tensor& g, const Tensor& gv, const Tensor& all_g, const Tensor& all_gv) {
@@ -82,8 +91,9 @@ class Vectors {
  private:
   const void* data(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType type,
                    const char* type_name) {
-    bool same = t.is_cpu() && t.scalar_type() == type && t.dim() == static_cast<int64_t>(sizes.size());
-    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == sizes.begin()[i];
+    const int64_t dims = static_cast<int64_t>(sizes.size());
+    bool same = t.is_cpu() && t.scalar_type() == type && t.dim() >= dims;
+    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == (i < dims ? sizes.begin()[i] : 1);
     if (!same) {
       std::ostringstream expected;
       for (int64_t size : sizes) expected << (expected.str().empty() ? "" : ", ") << size;
@@ -107,7 +117,7 @@ class Phase {
               t.size(3) == width,
           name, " must be [", a.batch, ", ", channels, ", ", height, ", ", width, "] in the other tensors' type, got ",
           shape_of(t));
-    return data(torch::stable::contiguous(t, MemoryFormat::ChannelsLast));
+    return data(channels_last(t));
   }
 
   const float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
@@ -184,7 +194,7 @@ class Phase {
     if (d) a.d = image("d", *d, channels, a.out_height, a.out_width);
     a.scale2 = floats("scale2", scale2, {channels});
     a.shift2 = floats("shift2", shift2, {channels});
-    check(w2.dim() == 2 && w2.size(0) >= 1, "w2 must be [out, ", channels, "], got ", shape_of(w2));
+    check(w2.dim() >= 2 && w2.size(0) >= 1, "w2 must be [out, ", channels, "], got ", shape_of(w2));
     a.dims.out_channels = w2.size(0);
     a.w2 = floats("w2", w2, {a.dims.out_channels, channels});
   }
@@ -356,7 +366,7 @@ Tensor train_input_backward(Tensor g, Tensor x, OptionalTensor m, OptionalTensor
   check(g.is_cpu() && g.scalar_type() == ScalarType::Float && g.dim() == 4 && g.size(0) == x.size(0) &&
             g.size(1) == channels && g.size(2) == x.size(2) && g.size(3) == x.size(3),
         "g must be a float32 CPU tensor of x's shape ", shape_of(x), ", got ", shape_of(g));
-  const Tensor rows = torch::stable::contiguous(g, MemoryFormat::ChannelsLast);
+  const Tensor rows = channels_last(g);
   p.a.g = static_cast<const float*>(rows.const_data_ptr());
   check(m.has_value() == c0.has_value(), "m and c0 must be given or missing together");
   p.a.m = p.floats("m", m, {channels, channels});
@@ -448,7 +458,7 @@ std::tuple<Tensor, Tensor> train_window_backward(Tensor gy, Tensor x, Tensor w1,
             gy.size(2) == w.conv.out_height && gy.size(3) == w.conv.out_width,
         "gy must be [", x.size(0), ", ", channels, ", ", w.conv.out_height, ", ", w.conv.out_width,
         "] in x's type, got ", shape_of(gy));
-  const Tensor rows = torch::stable::contiguous(gy, MemoryFormat::ChannelsLast);
+  const Tensor rows = channels_last(gy);
   w.gy = rows.const_data_ptr();
   Tensor t = result({channels, depth}, {depth, 1}, ScalarType::Float, &w.t), sum = doubles(channels, &w.sum);
   run(w);
@@ -457,18 +467,24 @@ std::tuple<Tensor, Tensor> train_window_backward(Tensor gy, Tensor x, Tensor w1,
 
 // ---- Between the phases: BatchNorm ----------------------------------------------------------------------------------
 
-Tensor train_statistics(Tensor total, Tensor squares, Tensor pixels) {
+double number(const char* name, const Tensor& t) { return *Vectors().doubles(name, t, {1}); }
+
+Tensor statistics_of(const Tensor& total, const Tensor& squares, double pixels) {
   Vectors v;
   check(total.dim() == 1, "total must be [channels], got ", shape_of(total));
   const int64_t channels = total.size(0);
   double* out;
   Tensor statistics = new_statistics(channels, &out);
-  mbv2::statistics(channels, v.doubles("total", total, {channels}), v.doubles("squares", squares, {channels}),
-                   *v.doubles("pixels", pixels, {1}), out);
+  mbv2::statistics(channels, v.doubles("total", total, {channels}), v.doubles("squares", squares, {channels}), pixels,
+                   out);
   return statistics;
 }
+Tensor train_statistics(Tensor total, Tensor squares, Tensor pixels) {
+  return statistics_of(total, squares, number("pixels", pixels));
+}
 
-std::tuple<Tensor, Tensor> train_linear_statistics(Tensor weight, Tensor sum_x, Tensor gram, Tensor pixels) {
+std::tuple<Tensor, Tensor> linear_statistics_of(const Tensor& weight, const Tensor& sum_x, const Tensor& gram,
+                                                double pixels) {
   Vectors v;
   Norm norm = {};
   norm.channels = weight.size(0);
@@ -476,9 +492,12 @@ std::tuple<Tensor, Tensor> train_linear_statistics(Tensor weight, Tensor sum_x, 
   const int64_t in = linear.in_channels;
   double *out, *mean;
   Tensor statistics = new_statistics(norm.channels, &out), mean_x = doubles(in, &mean);
-  mbv2::linear_statistics(linear, v.doubles("sum_x", sum_x, {in}), v.doubles("gram", gram, {in, in}),
-                          *v.doubles("pixels", pixels, {1}), mbv2::active_tier(), mbv2::torch_parallel(), out, mean);
+  mbv2::linear_statistics(linear, v.doubles("sum_x", sum_x, {in}), v.doubles("gram", gram, {in, in}), pixels,
+                          mbv2::active_tier(), mbv2::torch_parallel(), out, mean);
   return {statistics, mean_x};
+}
+std::tuple<Tensor, Tensor> train_linear_statistics(Tensor weight, Tensor sum_x, Tensor gram, Tensor pixels) {
+  return linear_statistics_of(weight, sum_x, gram, number("pixels", pixels));
 }
 
 std::tuple<Tensor, Tensor> train_norm(Tensor statistics, Tensor gamma, Tensor beta, double eps) {
@@ -514,6 +533,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_norm_backward(T
   return {a, b, c, bias, gradient_gamma, beta};
 }
 
+// As nn.BatchNorm2d keeps them: with the unbiased variance.
+void train_running_statistics(Tensor statistics, OptionalTensor bias, Tensor mean, Tensor var, double momentum) {
+  check(statistics.dim() == 2 && statistics.size(0) == 3, "statistics must be [3, channels], got ",
+        shape_of(statistics));
+  const int64_t channels = statistics.size(1);
+  Vectors v;
+  const double* found = v.doubles("statistics", statistics, {3, channels});
+  const float* biases = bias ? v.floats("bias", *bias, {channels}) : nullptr;
+  check(mean.is_contiguous() && var.is_contiguous(), "mean and var must be contiguous");
+  v.floats("mean", mean, {channels});
+  v.floats("var", var, {channels});
+  float *means = static_cast<float*>(mean.mutable_data_ptr()), *variances = static_cast<float*>(var.mutable_data_ptr());
+  const float factor = static_cast<float>(momentum);
+  const auto move = [factor](float* running, double now) { *running += factor * (static_cast<float>(now) - *running); };
+  for (int64_t c = 0; c < channels; ++c) {
+    const double pixels = found[2 * channels + c];
+    move(means + c, found[c] + (biases ? static_cast<double>(biases[c]) : 0));
+    move(variances + c, found[channels + c] * (pixels / (pixels - 1)));
+  }
+}
+
 Tensor train_linear_sums(Tensor weight, Tensor t) {
   Vectors v;
   Norm norm = {};
@@ -544,6 +584,206 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_expand_backward
       fixed ? nullptr : v.doubles("gram", gram, {in, in}), fixed ? nullptr : v.doubles("mean_x", mean_x, {in}),
       mbv2::active_tier(), mbv2::torch_parallel(), out);
   return {weights, bias, gradient_gamma, beta, m, c0};
+}
+
+// ---- A whole block --------------------------------------------------------------------------------------------------
+// forward() and backward() of mbv2_kernels/training.py for one process: the same phases in the same order, without
+// Python between them. With more processes that share statistics, it is Python that adds up over them.
+
+Tensor as(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+
+Tensor filled(int64_t channels, float value) {
+  float* to;
+  Tensor t = floats(channels, &to);
+  std::fill(to, to + channels, value);
+  return t;
+}
+
+double pixels_of(const Tensor& image) { return static_cast<double>(image.size(0) * image.size(2) * image.size(3)); }
+
+// A convolution and its BatchNorm. Weight, gamma and beta are fp32, ones and zeros where there is none.
+class Layer {
+ public:
+  // of_batch: the batch's statistics; [0] where it takes the running ones, or has no BatchNorm
+  Layer(const Tensor& weight_given, const OptionalTensor& bias, const OptionalTensor& gamma_given,
+        const OptionalTensor& beta_given, const OptionalTensor& mean, const OptionalTensor& var, double eps_given,
+        const Tensor& of_batch)
+      : weight(as(weight_given, ScalarType::Float)),
+        gamma(gamma_given ? as(*gamma_given, ScalarType::Float) : filled(weight.size(0), 1)),
+        beta(beta_given ? as(*beta_given, ScalarType::Float) : filled(weight.size(0), 0)),
+        eps(eps_given),
+        statistics(of_batch.numel() > 0 ? of_batch : fixed_statistics(weight.size(0), bias, mean, var)) {}
+
+  bool fixed() const { return statistics.size(0) == 2; }
+  std::tuple<Tensor, Tensor> norm() const { return train_norm(statistics, gamma, beta, eps); }
+  std::tuple<Tensor, Tensor> fold(const Tensor& mean_x) const {
+    return train_fold_expand(weight, statistics, gamma, beta, eps, mean_x);
+  }
+
+  Tensor weight, gamma, beta;
+  double eps;
+  Tensor statistics;
+
+ private:
+  static Tensor fixed_statistics(int64_t channels, const OptionalTensor& bias, const OptionalTensor& mean,
+                                 const OptionalTensor& var) {
+    double* out;
+    Tensor statistics = result({2, channels}, {channels, 1}, ScalarType::Double, &out);
+    const bool norm = mean && var;
+    Vectors v;
+    const auto doubles = [&](const char* name, const OptionalTensor& t) {
+      return t ? v.doubles(name, as(*t, ScalarType::Double), {channels}) : nullptr;
+    };
+    const double *means = norm ? doubles("mean", mean) : nullptr, *variances = norm ? doubles("var", var) : nullptr;
+    const double* biases = doubles("bias", bias);
+    for (int64_t c = 0; c < channels; ++c) {
+      out[c] = (means ? means[c] : 0) - (biases ? biases[c] : 0);
+      out[channels + c] = variances ? variances[c] : 1;
+    }
+    return statistics;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_block_forward(
+    Tensor x_given, OptionalTensor weight1, OptionalTensor bias1, OptionalTensor gamma1, OptionalTensor beta1,
+    OptionalTensor mean1, OptionalTensor var1, Tensor weight2, OptionalTensor bias2, OptionalTensor gamma2,
+    OptionalTensor beta2, OptionalTensor mean2, OptionalTensor var2, Tensor weight3, OptionalTensor bias3,
+    OptionalTensor gamma3, OptionalTensor beta3, OptionalTensor mean3, OptionalTensor var3, std::vector<double> eps,
+    int64_t stride, int64_t padding, int64_t dilation, std::string activation, std::string final_activation,
+    bool residual, std::vector<bool> batch, bool keep) {
+  check(eps.size() == 3 && batch.size() == 3, "eps and batch must be 3 each (expand, depthwise, project), got ",
+        eps.size(), " and ", batch.size());
+  check_tensor("x", x_given, 4);
+  const Tensor x = channels_last(x_given);
+  Tensor statistics1 = none(ScalarType::Double), statistics2 = none(ScalarType::Double);
+  Tensor statistics3 = none(ScalarType::Double), mean_x = none(ScalarType::Double), sum_x = none(ScalarType::Double);
+  Tensor gram = none(ScalarType::Double), total, squares;
+
+  OptionalTensor w1, b1;
+  if (weight1) {
+    if (batch[0]) {
+      std::tie(sum_x, gram) = train_gram(x);
+      std::tie(statistics1, mean_x) = linear_statistics_of(as(*weight1, ScalarType::Float), sum_x, gram, pixels_of(x));
+    }
+    std::tie(w1, b1) = Layer(*weight1, bias1, gamma1, beta1, mean1, var1, eps[0], statistics1).fold(mean_x);
+  }
+
+  // d is kept until z is there in lean memory too: one block's d for a moment costs less than computing it again.
+  Tensor d, z;
+  const Tensor wd = as(weight2, ScalarType::Float);
+  std::tie(d, total, squares) = train_depthwise(x, w1, b1, wd, stride, padding, dilation, activation, true);
+  if (batch[1]) statistics2 = statistics_of(total, squares, pixels_of(d));
+  const auto [scale2, shift2] = Layer(weight2, bias2, gamma2, beta2, mean2, var2, eps[1], statistics2).norm();
+
+  const Tensor w2 = as(weight3, ScalarType::Float);
+  std::tie(z, total, squares) =
+      train_project(x, d, w1, b1, wd, scale2, shift2, w2, stride, padding, dilation, activation);
+  if (batch[2]) statistics3 = statistics_of(total, squares, pixels_of(z));
+  const auto [scale3, shift3] = Layer(weight3, bias3, gamma3, beta3, mean3, var3, eps[2], statistics3).norm();
+
+  Tensor y = train_finish(z, residual ? OptionalTensor(x) : std::nullopt, scale3, shift3, final_activation);
+  if (!keep) d = none(x.scalar_type());
+  return {y, d, z, statistics1, statistics2, statistics3, mean_x, sum_x, gram};
+}
+
+using BlockGradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BlockGradients train_block_gradients(Tensor grad_given, Tensor x_given, OptionalTensor weight1, OptionalTensor bias1,
+                                     OptionalTensor gamma1, OptionalTensor beta1, OptionalTensor mean1,
+                                     OptionalTensor var1, Tensor weight2, OptionalTensor bias2, OptionalTensor gamma2,
+                                     OptionalTensor beta2, OptionalTensor mean2, OptionalTensor var2, Tensor weight3,
+                                     OptionalTensor bias3, OptionalTensor gamma3, OptionalTensor beta3,
+                                     OptionalTensor mean3, OptionalTensor var3, std::vector<double> eps, int64_t stride,
+                                     int64_t padding, int64_t dilation, std::string activation,
+                                     std::string final_activation, bool residual, Tensor d_kept, Tensor z,
+                                     Tensor statistics1, Tensor statistics2, Tensor statistics3, Tensor mean_x,
+                                     Tensor sum_x, Tensor gram, std::vector<bool> needs, bool rounded) {
+  constexpr size_t kGradients = std::tuple_size_v<BlockGradients>;
+  check(eps.size() == 3 && needs.size() == kGradients, "eps must be 3 (expand, depthwise, project) and needs ",
+        kGradients, ", got ", eps.size(), " and ", needs.size());
+  check_tensor("x", x_given, 4);
+  check_tensor("grad", grad_given, 4);
+  const Tensor x = channels_last(x_given), grad = channels_last(grad_given);
+  const auto any = [&](size_t begin, size_t end) {
+    bool found = false;
+    for (size_t i = begin; i < end; ++i) found = found || needs[i];
+    return found;
+  };
+  const bool below_depthwise = any(0, 5), below_project = any(0, 9), need_wd = needs[5], need_w2 = needs[9];
+  OptionalTensor grads[kGradients];
+
+  std::optional<Layer> expand;
+  OptionalTensor w1, b1;
+  if (weight1) {
+    expand.emplace(*weight1, bias1, gamma1, beta1, mean1, var1, eps[0], statistics1);
+    std::tie(w1, b1) = expand->fold(mean_x);
+  }
+  const Layer depthwise(weight2, bias2, gamma2, beta2, mean2, var2, eps[1], statistics2);
+  const Layer project(weight3, bias3, gamma3, beta3, mean3, var3, eps[2], statistics3);
+  const auto [scale2, shift2] = depthwise.norm();
+  const auto [scale3, shift3] = project.norm();
+
+  // a, b, c of the way back through a BatchNorm; with fixed statistics, and nobody who asks for the gradients of its
+  // parameters, without the sums
+  struct Through {
+    Tensor a, b, c;
+  };
+  const auto through_fixed = [](const Tensor& scale) {
+    const Tensor zeros = filled(scale.size(0), 0);
+    return Through{scale, zeros, zeros};
+  };
+  const auto through = [&](const Layer& layer, const Tensor& g, const Tensor& gv, size_t first) {
+    Through t;
+    std::tie(t.a, t.b, t.c, grads[first], grads[first + 1], grads[first + 2]) =
+        train_norm_backward(layer.statistics, layer.gamma, layer.eps, g, gv, g, gv);
+    return t;
+  };
+
+  Through through3 = through_fixed(scale3), through2 = through_fixed(scale2);
+  if (any(10, 13) || (!project.fixed() && (below_project || need_w2))) {
+    const auto [g, gz] = train_finish_backward(grad, z, scale3, shift3, final_activation);
+    through3 = through(project, g, gz, 10);
+  }
+  if (below_project || need_w2) {
+    const auto& [a3, b3, c3] = through3;
+    OptionalTensor d;
+    if (d_kept.dim() == 4)
+      d = d_kept;
+    else if (rounded)
+      d = std::get<0>(train_depthwise(x, w1, b1, depthwise.weight, stride, padding, dilation, activation, true));
+    const bool need_sums = any(6, 9) || (!depthwise.fixed() && (below_depthwise || need_wd));
+    if (need_w2 || need_sums) {
+      const auto [gw2, g, gd] = train_project_backward(grad, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1,
+                                                       b1, depthwise.weight, scale2, shift2, project.weight, stride,
+                                                       padding, dilation, activation, {need_w2, need_sums});
+      grads[9] = gw2;
+      if (need_sums) through2 = through(depthwise, g, gd, 6);
+    }
+    if (below_depthwise || need_wd) {
+      const auto& [a2, b2, c2] = through2;
+      const auto [g, gwd, t, sum_g] = train_depthwise_backward(
+          grad, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1, b1, depthwise.weight, scale2, shift2, a2, b2,
+          c2, project.weight, stride, padding, dilation, activation, {below_depthwise, need_wd});
+      grads[5] = gwd;
+      OptionalTensor m, c0;
+      if (expand && below_depthwise) {
+        const Tensor sum_gv = train_linear_sums(expand->weight, t);
+        std::tie(grads[1], grads[2], grads[3], grads[4], m, c0) =
+            train_expand_backward(expand->weight, *w1, expand->statistics, expand->gamma, expand->eps, t, sum_g, sum_gv,
+                                  sum_g, sum_gv, sum_x, gram, mean_x);
+        if (expand->fixed()) m = c0 = std::nullopt;
+      }
+      if (needs[0])
+        grads[0] = m || residual || x.scalar_type() != ScalarType::Float
+                       ? train_input_backward(g, x, m, c0, residual ? OptionalTensor(grad) : std::nullopt)
+                       : g;  // nothing is to be added, or rounded
+    }
+  }
+
+  const auto found = [&](size_t i) { return needs[i] && grads[i] ? *grads[i] : none(x.scalar_type()); };
+  return {found(0), found(1), found(2), found(3),  found(4),  found(5), found(6),
+          found(7), found(8), found(9), found(10), found(11), found(12)};
 }
 
 }  // namespace
@@ -587,11 +827,27 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mbv2, m) {
   m.def(
       "train_norm_backward(Tensor statistics, Tensor gamma, float eps, Tensor sum_g, Tensor sum_gv, Tensor all_g, "
       "Tensor all_gv) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "train_running_statistics(Tensor statistics, Tensor? bias, Tensor(a!) mean, Tensor(b!) var, float momentum) "
+      "-> ()");
   m.def("train_linear_sums(Tensor weight, Tensor t) -> Tensor");
   m.def(
       "train_expand_backward(Tensor weight, Tensor w1, Tensor statistics, Tensor gamma, float eps, Tensor t, "
       "Tensor sum_g, Tensor sum_gv, Tensor all_g, Tensor all_gv, Tensor sum_x, Tensor gram, Tensor mean_x) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+#define MBV2_BLOCK                                                                               \
+  "Tensor? weight1, Tensor? bias1, Tensor? gamma1, Tensor? beta1, Tensor? mean1, Tensor? var1, " \
+  "Tensor weight2, Tensor? bias2, Tensor? gamma2, Tensor? beta2, Tensor? mean2, Tensor? var2, "  \
+  "Tensor weight3, Tensor? bias3, Tensor? gamma3, Tensor? beta3, Tensor? mean3, Tensor? var3, "  \
+  "float[] eps, int stride, int padding, int dilation, str activation, str final_activation, bool residual, "
+  m.def("train_block_forward(Tensor x, " MBV2_BLOCK
+        "bool[3] batch, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "train_block_gradients(Tensor grad, Tensor x, " MBV2_BLOCK
+      "Tensor d, Tensor z, Tensor statistics1, Tensor statistics2, Tensor statistics3, Tensor mean_x, Tensor sum_x, "
+      "Tensor gram, bool[13] needs, bool rounded) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
+#undef MBV2_BLOCK
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
@@ -612,6 +868,9 @@ STABLE_TORCH_LIBRARY_IMPL(mbv2, CPU, m) {
   m.impl("train_norm", TORCH_BOX(&train_norm));
   m.impl("train_fold_expand", TORCH_BOX(&train_fold_expand));
   m.impl("train_norm_backward", TORCH_BOX(&train_norm_backward));
+  m.impl("train_running_statistics", TORCH_BOX(&train_running_statistics));
   m.impl("train_linear_sums", TORCH_BOX(&train_linear_sums));
   m.impl("train_expand_backward", TORCH_BOX(&train_expand_backward));
+  m.impl("train_block_forward", TORCH_BOX(&train_block_forward));
+  m.impl("train_block_gradients", TORCH_BOX(&train_block_gradients));
 }

@@ -71,6 +71,9 @@ BETWEEN_PHASES = (
 _PHASE_OPS = SimpleNamespace(
     **{name: getattr(torch.ops.mbv2, name).default for name in PHASES + LAYER_PHASES + BETWEEN_PHASES},
     train_window=torch.ops.mbv2.conv_act.default,
+    # all phases of a block in one call
+    train_block_forward=torch.ops.mbv2.train_block_forward.default,
+    train_block_gradients=torch.ops.mbv2.train_block_gradients.default,
 )
 
 _logger = logging.getLogger("mbv2_kernels")

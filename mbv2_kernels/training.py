@@ -2,7 +2,8 @@
 
 A phase sweeps over images. Between two phases stands arithmetic on vectors [channels], in float64, where it rounds
 nothing. `backends.train_phases` picks who computes both, `training_reference` says what they compute. With
-SyncBatchNorm the sums that a phase gives are added up over all processes in between.
+SyncBatchNorm the sums that a phase gives are added up over all processes in between. Without it one op runs a block's
+whole chain on CPUs (csrc/train_ops.cpp): whatever is changed here is changed there.
 
 A convolution's output v, without its bias, goes through a BatchNorm as v * scale + shift; the way back is
 
@@ -115,6 +116,10 @@ def forward(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig, ste
     Running statistics of layers with `step.batch` are neither read nor changed; they may be None.
     """
     phases = backends.train_phases(x, tensors)
+    whole = getattr(phases, "train_block_forward", None)
+    if whole is not None and not any(step.groups):
+        y, *saved = whole(x, *tensors, eps, *config, step.batch, step.keep)
+        return y, Saved(*saved)
     x = _channels_last(x)
     expand, depthwise, project = tensors.layers()
     convolution = config[:4]
@@ -163,13 +168,18 @@ def backward(
     and the same values must meet the clamps again.
     """
     phases = backends.train_phases(x, tensors)
+    whole = getattr(phases, "train_block_gradients", None)
+    if whole is not None and not any(step.groups):
+        found = whole(grad, x, *tensors, eps, *config, *saved, needs, rounded)
+        grads: list[Tensor | None] = [None if g.shape == (0,) else g for g in found]
+        return _for_leaves(grads, _learned(tensors), needs)
     x, grad = _channels_last(x), _channels_last(grad)
     expand, depthwise, project = tensors.layers()
     convolution = config[:4]
     need_x, need1, need2, need3 = needs[0], needs[1:5], needs[5:9], needs[9:13]
     need_below_depthwise = need_x or any(need1)
     need_below_project = need_below_depthwise or any(need2)
-    grads: list[Tensor | None] = [None] * 13
+    grads = [None] * 13
 
     w1, b1 = _folded_expand(phases, expand, eps[0], saved.expand_statistics, saved.mean_x, x)
     wd, w2 = _kernel_weight(depthwise, x), _matrix(project, x)
@@ -205,12 +215,12 @@ def backward(
                     linear = _Linear(saved.expand_statistics, *saved[5:])
                     sums = _linear_sums(phases, linear, expand, t, sum_g, step.groups[0], x)
                     *grads[1:5], m, c0 = _linear_backward(phases, linear, expand, eps[0], w1, t, sums, x)
-                plain = m is None and not config.residual  # then g is the gradient of x, but for its dtype
+                plain = m is None and not config.residual and g.dtype is x.dtype  # then g is the gradient of x
                 if need_x and plain:
                     grads[0] = g
                 elif need_x:
                     grads[0] = phases.train_input_backward(g, x, m, c0, grad if config.residual else None)
-    return _for_leaves(grads, (*tensors[:4], *tensors[6:10], *tensors[12:16]), needs)
+    return _for_leaves(grads, _learned(tensors), needs)
 
 
 def folded_backward(
@@ -330,6 +340,11 @@ def _linear_backward(
     of_x = (linear.sum_x, linear.gram, linear.mean_x)
     *grads, m, c0 = phases.train_expand_backward(_matrix(layer, x), w1, statistics, gamma, eps, t, *sums, *of_x)
     return [*grads, None, None] if norm.fixed else [*grads, m, c0]
+
+
+def _learned(tensors: BlockTensors) -> tuple[Tensor | None, ...]:
+    """Weight, bias, gamma and beta of each layer."""
+    return *tensors[:4], *tensors[6:10], *tensors[12:16]
 
 
 def _for_leaves(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 #: convolution's output too; "lean": nothing, at the price of one more sweep.
 MEMORY = ("fast", "lean")
 
+_UPDATE = torch.ops.mbv2.train_running_statistics.default
 _Tensors = TypeVar("_Tensors", BlockTensors, Layer)
 
 
@@ -120,12 +121,19 @@ def _update_running_statistics(norm: Any, conv_bias: Tensor | None, x: Tensor, g
         norm.num_batches_tracked.add_(1)
         if x.shape[0] == 0 and not group:
             return
+        running, factor = (norm.running_mean, norm.running_var), norm.momentum
+        read = running if conv_bias is None else (*running, conv_bias)
+        if is_plain(statistics) and all(t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() for t in read):
+            if factor is None:
+                factor = 1 / int(norm.num_batches_tracked)
+            _UPDATE(statistics, conv_bias, *running, factor)
+            torch.autograd.graph.increment_version(running)  # which only the dispatcher's own ops do
+            return
         mean, var, pixels = statistics.unbind()
         if conv_bias is not None:
             mean = mean + conv_bias
         var = var * (pixels / (pixels - 1))
-        for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
-            factor = norm.momentum
+        for own, new in zip(running, (mean, var), strict=True):
             if factor is None:
-                factor = norm.num_batches_tracked.double().reciprocal().to(running.dtype)
-            running.lerp_(new.to(running.dtype), factor)
+                factor = norm.num_batches_tracked.double().reciprocal()
+            own.lerp_(new.to(own.dtype), factor if isinstance(factor, float) else factor.to(own.dtype))

@@ -562,7 +562,7 @@ def test_strides_do_not_matter() -> None:
         ("train_depthwise", 4, 0, "stride must be at least 1, got 0"),
         ("train_depthwise", 7, "gelu", "activation must be 'none', 'relu' or 'relu6', got 'gelu'"),
         ("train_project", 1, torch.zeros(2, 24, 9, 6), r"d must be \[2, 24, 9, 7\]"),
-        ("train_project", 7, torch.zeros(12, 24, 1, 1), r"w2 must be \[out, 24\]"),
+        ("train_project", 7, torch.zeros(24), r"w2 must be \[out, 24\]"),
         (
             "train_finish_backward",
             0,

@@ -112,6 +112,50 @@ def test_opcheck_layers(variant: dict[str, Any]) -> None:
         opcheck(ops.train_layer_backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("needs", [[True] * 13, [i in (0, 4, 9) for i in range(13)], [i == 5 for i in range(13)]])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"keep": False},
+        {"batch": (False, True, False)},
+        {"batch": (True, False, False), "conv_bias": True},
+        {"expand": False, "batch": (False, True, True), "out_channels": 12},
+        {"expand": False, "dtype": torch.bfloat16, "out_channels": 12, "keep": False},
+        {"out_channels": 12, "conv_bias": True},
+        {"dtype": torch.bfloat16},
+        {"memory_format": torch.channels_last},
+    ],
+    ids=str,
+)
+def test_one_call_is_the_chain_of_phases(
+    variant: dict[str, Any], needs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: on CPUs one op runs all phases of a block, unless several processes share the statistics."""
+    arguments = train_arguments(**variant)
+
+    def step() -> list[Tensor]:
+        with torch.no_grad():
+            y, *saved = ops.train_block(*arguments)
+            grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
+            return [y, *saved, *ops.train_block_backward(grad, *arguments, *saved, needs)]
+
+    calls: list[str] = []
+    phases = vars(backends._PHASE_OPS).copy()
+    for name in ("train_block_forward", "train_block_gradients"):
+        whole = phases.pop(name)
+        counted = lambda *a, whole=whole, name=name: (calls.append(name), whole(*a))[1]  # noqa: E731
+        monkeypatch.setattr(backends._PHASE_OPS, name, counted)
+    at_once = step()
+    assert calls == ["train_block_forward", "train_block_gradients"]
+    monkeypatch.setattr(backends, "_PHASE_OPS", SimpleNamespace(**phases))
+    chain = step()
+    assert len(at_once) == len(chain) == 22 and len(calls) == 2
+    for i, (one, other) in enumerate(zip(at_once, chain, strict=True)):
+        assert one.dtype is other.dtype and one.shape == other.shape and one.stride() == other.stride(), i
+        assert torch.equal(one, other), i
+
+
 @pytest.mark.parametrize("variant", [{}, {"padding": -1, "stride": 1}, POINTWISE], ids=str)
 def test_gradcheck_of_layers(variant: dict[str, Any]) -> None:
     arguments = layer_arguments(**variant, dtype=torch.float64)

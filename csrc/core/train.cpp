@@ -65,9 +65,10 @@ struct Packing {
     l.hidden_panel = panel_width(l.hidden_padded / vector, kernels.max_panel);
     l.out_panel = panel_width(l.out_padded / vector, kernels.max_panel);
     const int64_t in_panel = l.in_panel * vector, hidden_panel = l.hidden_panel * vector;
-    l.expand = add({a.w1, hidden, in, in, 1, l.hidden_padded, hidden_panel, nullptr});
+    const bool needs_e = a.phase == TrainPhase::depthwise_backward || !a.d;
+    l.expand = add({needs_e ? a.w1 : nullptr, hidden, in, in, 1, l.hidden_padded, hidden_panel, nullptr});
     l.expand_backward = add({a.g_out ? a.w1 : nullptr, in, hidden, 1, in, l.in_padded, in_panel, nullptr});
-    l.depthwise = add({a.wd, hidden, taps, taps, 1, l.hidden_padded, vector, nullptr});
+    l.depthwise = add({needs_e ? a.wd : nullptr, hidden, taps, taps, 1, l.hidden_padded, vector, nullptr});
     if (is_backward(a.phase))
       l.project_backward = add({a.w2, hidden, out, 1, hidden, l.hidden_padded, hidden_panel, nullptr});
     else
@@ -116,7 +117,7 @@ struct Packing {
 
 constexpr int64_t kMostSlots = 64;
 
-TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l) {
+TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l, int threads) {
   // Sums of all slots together, and rows of w1^T g1 of all splits together, in floats.
   constexpr int64_t kMostSums = 4 << 20, kMostSplitRows = 4 << 20;
   const int64_t taps = a.dims.kernel * a.dims.kernel, pixels = pixels_of(a);
@@ -173,8 +174,11 @@ TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l) {
 
   const int64_t panel = l.vector * l.hidden_panel, panels = ceil_divide(l.hidden_padded, panel);
   if (a.phase != TrainPhase::project) {
-    constexpr int64_t kItems = 32, kLeastChannels = 64;
-    p.splits = std::min({ceil_divide(kItems, p.slots), panels, std::max<int64_t>(l.hidden_padded / kLeastChannels, 1)});
+    // How often w1^T g1 is cut shows in its rounding; the other phases treat each channel alike in whatever company,
+    // and compute less twice with fewer splits.
+    constexpr int64_t kItems = 32, kItemsPerThread = 4, kLeastChannels = 64;
+    const int64_t items = of_x ? kItems : std::min<int64_t>(kItems, kItemsPerThread * threads);
+    p.splits = std::min({ceil_divide(items, p.slots), panels, std::max<int64_t>(l.hidden_padded / kLeastChannels, 1)});
     if (a.g_out && a.dims.expand) p.splits = std::min(p.splits, 1 + kMostSplitRows / (pixels * a.dims.in_channels));
   }
 
@@ -272,11 +276,17 @@ void add_up(const TrainArgs& a, const Slots& slots, const Parallel& parallel) {
 
 }  // namespace
 
-void run_train(const TrainArgs& a, Tier tier, const Parallel& parallel) {
+void run_train(const TrainArgs& given, Tier tier, const Parallel& parallel) {
+  TrainArgs a = given;
+  if (a.d && (a.phase == TrainPhase::project || a.phase == TrainPhase::project_backward)) {
+    // Nothing but pixels, whatever image they are of: so groups are whole where an image has few.
+    a.out_height *= a.batch;
+    a.batch = 1;
+  }
   const TierKernels& kernels = *tier_kernels(tier);
   Packing packing(a, kernels);
   const TrainLayout& l = packing.layout;
-  TrainPlan plan = make_train_plan(a, l);
+  TrainPlan plan = make_train_plan(a, l, parallel.threads);
   if (pixels_of(a) == 0) {
     plan.slots = 0;
     return add_up(a, {plan, nullptr, nullptr, l.hidden_padded}, parallel);
@@ -311,9 +321,6 @@ void run_train(const TrainArgs& a, Tier tier, const Parallel& parallel) {
     const int64_t first = columns ? item.hidden_begin : 0, end = columns ? item.hidden_end : plan.sum_width;
     for (int64_t row = 0; row < plan.sum_rows; ++row)
       std::fill(item.sums + row * plan.sum_width + first, item.sums + row * plan.sum_width + end, 0.0);
-    for (int64_t row = 0; row < plan.matrix_rows; ++row)
-      std::fill(item.matrix + row * l.hidden_padded + item.hidden_begin,
-                item.matrix + row * l.hidden_padded + item.hidden_end, 0.0f);
     kernels.train_work(a, l, plan, item, packed, thread_scratch().reserve(kernels.train_scratch_floats(a, l, plan)));
   });
   add_up(a, {plan, sums, matrices, l.hidden_padded}, parallel);

@@ -32,8 +32,9 @@
 // x, d, z, y, gy, gh and gx are dense channels_last in the storage type, g is dense channels_last fp32. Arithmetic is
 // fp32; sums over pixels are fp32 in short runs and fp64 across them.
 //
-// Results do not depend on the number of threads: the shapes alone say how a call is cut into items, every item has
-// sums of its own, and these are added in fixed order.
+// Results do not depend on the number of threads: the shapes alone say how pixels are cut into slots, every slot has
+// sums of its own, and these are added in fixed order. Into how many shares hidden channels are cut may depend on it
+// where each channel is treated alike in any: in all phases but depthwise_backward, which adds up over them.
 #pragma once
 
 #include "block.h"

@@ -22,11 +22,11 @@
 
 // ---- Outer products -------------------------------------------------------------------------------------------------
 
-// sums[i][j] += sum_p a[p][i] * b[p][j]: a tile of a product whose depth are pixels. Pixels are lda and ldb floats
-// apart. One pixel a turn: unrolled, GCC 12 runs out of registers.
+// sums[i][j] += sum_p a[p][i] * b[p][j]: a tile of a product whose depth are pixels; `first`: nothing is there to be
+// added to. Pixels are lda and ldb floats apart. One pixel a turn: unrolled, GCC 12 runs out of registers.
 template <int Height, int Panel>
 NOINLINE void outer_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t pixels, float* sums,
-                         int64_t pitch) {
+                         int64_t pitch, bool first) {
   V::T acc[Height][Panel];
   UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) acc[i][j] = V::set(0);
   for (; pixels > 0; --pixels, a += lda, b += ldb) {
@@ -39,38 +39,39 @@ NOINLINE void outer_tile(const float* a, int64_t lda, const float* b, int64_t ld
   }
   UNROLL for (int i = 0; i < Height; ++i) UNROLL for (int j = 0; j < Panel; ++j) {
     float* to = sums + i * pitch + j * V::width;
-    V::store(to, V::add(V::load(to), acc[i][j]));
+    V::store(to, first ? acc[i][j] : V::add(V::load(to), acc[i][j]));
   }
 }
 
 template <int Panel, int Height>
 ALWAYS_INLINE void outer_tile_of_height(int64_t height, const float* a, int64_t lda, const float* b, int64_t ldb,
-                                        int64_t pixels, float* sums, int64_t pitch) {
+                                        int64_t pixels, float* sums, int64_t pitch, bool first) {
   if constexpr (Height >= 1) {
     if (height == Height)
-      outer_tile<Height, Panel>(a, lda, b, ldb, pixels, sums, pitch);
+      outer_tile<Height, Panel>(a, lda, b, ldb, pixels, sums, pitch, first);
     else
-      outer_tile_of_height<Panel, Height - 1>(height, a, lda, b, ldb, pixels, sums, pitch);
+      outer_tile_of_height<Panel, Height - 1>(height, a, lda, b, ldb, pixels, sums, pitch, first);
   }
 }
 
 // `rows` channels of a against `width` vectors of b, in tiles as equal as can be.
 template <int Panel>
 ALWAYS_INLINE void outer_product_of_width(int64_t width, const float* a, int64_t lda, int64_t rows, const float* b,
-                                          int64_t ldb, int64_t pixels, float* sums, int64_t pitch) {
+                                          int64_t ldb, int64_t pixels, float* sums, int64_t pitch, bool first) {
   if constexpr (Panel >= 1) {
-    if (width != Panel) return outer_product_of_width<Panel - 1>(width, a, lda, rows, b, ldb, pixels, sums, pitch);
+    if (width != Panel)
+      return outer_product_of_width<Panel - 1>(width, a, lda, rows, b, ldb, pixels, sums, pitch, first);
     const int64_t count = ceil_div(rows, V::kMaxRows[Panel]);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
       outer_tile_of_height<Panel, V::kMaxRows[Panel]>(end - begin, a + begin, lda, b, ldb, pixels, sums + begin * pitch,
-                                                      pitch);
+                                                      pitch, first);
     }
   }
 }
 NOINLINE void outer_product(int64_t width, const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb,
-                            int64_t pixels, float* sums, int64_t pitch) {
-  outer_product_of_width<V::kMaxPanel>(width, a, lda, rows, b, ldb, pixels, sums, pitch);
+                            int64_t pixels, float* sums, int64_t pitch, bool first = false) {
+  outer_product_of_width<V::kMaxPanel>(width, a, lda, rows, b, ldb, pixels, sums, pitch, first);
 }
 
 // ---- The products that train_norm.cpp takes -------------------------------------------------------------------------
@@ -951,11 +952,11 @@ struct TrainWork {
             KeepSum{{kZeros, nullptr, plan.pitch}, scratch + b.gh});
   }
 
-  // matrix[i][c] += sum over pixels of from[i] * of[c]
+  // matrix[i][c] += sum over pixels of from[i] * of[c]; `first`: of the item's first group
   void add_outer(const float* from, int64_t from_pitch, int64_t rows, const float* of, int64_t pixels,
-                 const Panel& panel) {
+                 const Panel& panel, bool first) {
     outer_product(panel.vectors, from, from_pitch, rows, of, plan.pitch, pixels, item.matrix + panel.hidden,
-                  l.hidden_padded);
+                  l.hidden_padded, first);
   }
 
   // x - shift of `pixels` pixels from a row's first one on. t is made of these: the gradient of gamma is the difference
@@ -1071,7 +1072,9 @@ struct TrainWork {
               project_transposed(gz, pixels, panel);
               if (a.gh) keep_rows<Storage>(scratch + b.gh, pixel, pixels, panel, static_cast<Element*>(a.gh));
               project_backward_sums(pixel, pixels, panel);
-              if (item.matrix) add_outer(gz, l.out_padded, out_channels, scratch + b.h, pixels, panel);
+              if (item.matrix)
+                add_outer(gz, l.out_padded, out_channels, scratch + b.h, pixels, panel,
+                          first_part && row == part_begin);
             }
           });
           if (is_project) {
@@ -1243,7 +1246,6 @@ struct TrainWork {
         const int64_t pixels = (part_end - part_begin) * a.width;
         if (first_part) set_shift(part_begin, min64(pixels, kPixelBlock));
         shift_rows(part_begin, pixels);
-        first_part = false;
       }
       gradient_of_z((image * a.out_height + out_begin) * a.out_width, (out_end - out_begin) * a.out_width);
       for_each_chunk([&](int64_t hidden, int64_t hidden_end) {
@@ -1264,7 +1266,7 @@ struct TrainWork {
               depthwise_transposed(r, panel, g1 + (r - row) * a.width * plan.pitch);
             if (item.matrix)
               add_outer(scratch + b.shifted + (row - part_begin) * a.width * b.wide_pitch, b.wide_pitch, in_channels,
-                        g1, pixels, panel);
+                        g1, pixels, panel, first_part && row == part_begin);
             // g1 itself is the result where there is no expand layer
             if (a.g_out && !a.dims.expand) keep_rows<F32>(g1, pixel, pixels, panel, a.g_out);
           });
@@ -1276,6 +1278,7 @@ struct TrainWork {
         }
         flush_sums(hidden, hidden_end);
       });
+      first_part = false;
     });
     if (item.matrix && !first_part) unshift_t();
   }
