@@ -9,7 +9,8 @@
 //
 // NETWORK: v1 or v2 (MobileNetV1, V2), then, if they are others, size, width and storage: v2,224,1.0,f32. Storage is
 // f32, bf16, f16 or fp16: the last computes in fp16 too, in the tier for that; bf16 runs the tier for bf16 images where
-// the version was built with it (-DMBV2_HAVE_AVX512AMX) and the machine has it. NAME.so:fp16 is a version with a storage
+// the version was built with it (-DMBV2_HAVE_AVX512AMX) and the machine has it. f32 runs the fastest fp32 tier of the
+// version, so avx512bf16x3 (-DMBV2_HAVE_AVX512BF16X3) where there is one. NAME.so:fp16 is a version with a storage
 // of its own; to compare two of one version, copy it.
 //
 // A core of a shared machine runs at half its speed while a neighbor is busy on its other hardware thread. So before

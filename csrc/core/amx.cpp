@@ -1,4 +1,4 @@
-// Packs weights for the bf16 tier, and cuts its calls into work items.
+// Packs weights for the tiers that multiply tiles, and cuts their calls into work items.
 #include "amx.h"
 
 #include <algorithm>
@@ -29,23 +29,25 @@ void fill_tiles(int64_t channels, int64_t depth, float* packed, const Weight& we
         for (int64_t i = k; i < k + 2; ++i)
           *to++ = c < channels && i < depth ? to_bf16(weight(c, i)) : static_cast<uint16_t>(0);
 }
-// weight(channel, k) as fp32, in the order in which it is split.
+// weight(channel, k) as fp32, in the order in which it is split. False if it holds what tiles cannot multiply.
 template <class Weight>
-void fill_strips(int64_t channels, int64_t depth, float* to, const Weight& weight) {
+bool fill_strips(int64_t channels, int64_t depth, float* to, const Weight& weight) {
+  bool tame = true;
   for (int64_t panel = 0; panel < channels; panel += 2 * kTileRows)
     for (int64_t step = 0; step < depth; step += kTileDepth)
       for (int64_t first = panel; first < panel + 2 * kTileRows; first += kTileRows)
         for (int64_t i = step; i < step + kTileRows; ++i)
           for (int64_t k = i; k < step + kTileDepth; k += kTileRows)
-            for (int64_t c = first; c < first + kTileRows; ++c) *to++ = c < channels && k < depth ? weight(c, k) : 0.0f;
+            for (int64_t c = first; c < first + kTileRows; ++c, ++to) {
+              *to = c < channels && k < depth ? weight(c, k) : 0.0f;
+              tame = tame && std::fabs(*to) < kTooLarge;
+            }
+  return tame;
 }
 template <class Weight>
 void fill(int64_t channels, int64_t depth, int parts, float* packed, int64_t at, const Weight& weight) {
   if (parts == 1) return fill_tiles(channels, depth, packed + at, weight);
-  fill_strips(channels, depth, packed + at, weight);
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t k = 0; k < depth; ++k)
-      if (!(std::fabs(weight(c, k)) < kTooLarge)) reinterpret_cast<PackedHeader*>(packed)->wild = 1;
+  if (!fill_strips(channels, depth, packed + at, weight)) reinterpret_cast<PackedHeader*>(packed)->wild = 1;
 }
 
 void fill_bias(const float* bias, int64_t channels, float* to) {
@@ -149,9 +151,8 @@ Plan tile_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   while (group > 1 && !fits(group)) --group;
   p.group_rows = ceil_divide(a.out_height, ceil_divide(a.out_height, group));
   p.band_rows = std::max<int64_t>(a.out_height, 1);
-  if (l.parts == 1) {  // whole images if they share out evenly, else rows of each
-    const bool whole = threads <= 1 || a.batch % threads == 0 || a.batch >= 4 * threads;
-    p.row_parts = whole ? 1 : std::max<int64_t>(std::min<int64_t>(threads, a.out_height), 1);
+  if (l.parts == 1) {  // no partial sums: always rows
+    p.row_parts = whole_images(a, threads) ? 1 : std::max<int64_t>(std::min<int64_t>(threads, a.out_height), 1);
     p.splits = 1;
   } else {
     share_out(a, l, threads, &p);

@@ -1,4 +1,5 @@
-// What the bf16 tier (x86_avx512amx.cpp) has of its own: how its weights are packed and how its calls are cut.
+// What the tiers that multiply tiles (x86_avx512amx.cpp, x86_avx512bf16x3.cpp) have of their own: how their weights are
+// packed and how their calls are cut.
 //
 // A register tile of AMX is 16 rows of 64 bytes. One instruction multiplies 16 pixels by up to 32 bf16 numbers of depth
 // with that depth by 16 channels, and adds to 16 x 16 fp32 sums. The second matrix lies in pairs of depth: its row
@@ -6,7 +7,8 @@
 //
 //   tiles   [channels / 16][step of the depth][pair][channel][2]
 //
-// A depth is cut into steps of equal size, at most 32 and even; the last one may be filled up with zeros.
+// That is how the bf16 tier has it (`parts` 1). A depth is cut into steps of equal size, at most 32 and even; the last
+// one may be filled up with zeros.
 //
 //   block   w1  tiles of depth Cin, bf16         b1  [hidden padded]
 //           wd  [hidden / 32][part][k*k][16]     b2  [hidden / 32][part][16]
@@ -16,6 +18,12 @@
 // Part 0 of 32 hidden channels are the even ones, part 1 the odd ones, and d has them, and w2 its depth, in that order:
 // so the depthwise pass takes a vector of bf16 numbers apart. A convolution's depth has the order [k][k][Cin].
 // Biases and depthwise weights are fp32. Hidden channels are padded to 32, outputs to 16, with zeros.
+//
+// bf16x3 (`parts` 3) makes tiles of three parts out of fp32 weights while it runs. The same sections, each as
+//
+//   strips  [channels / 32][depth / 32][16 of the channels][i < 16][i or 16 + i][channel]     fp32
+//
+// with hidden channels, outputs and w2's depth in their own order, hidden channels padded to 16.
 #pragma once
 
 #include "block.h"

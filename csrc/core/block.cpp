@@ -67,18 +67,13 @@ struct Call {
 };
 
 #ifdef MBV2_HAVE_AVX512BF16X3
-// A tier's kernels, and another's where it has none of its own.
-TierKernels completed(TierKernels kernels, const TierKernels& rest) {
-  kernels.max_panel = rest.max_panel;
-  kernels.finish = rest.finish;
-  kernels.linear_work = rest.linear_work;
-  kernels.pool_work = rest.pool_work;
-  kernels.train_scratch_floats = rest.train_scratch_floats;
-  kernels.train_work = rest.train_work;
-  kernels.window_scratch_floats = rest.window_scratch_floats;
-  kernels.window_work = rest.window_work;
-  kernels.multiply_doubles = rest.multiply_doubles;
-  kernels.multiply_floats = rest.multiply_floats;
+// A tier's kernels with another's of blocks and 1x1 convolutions; `finish` adds up what both write alike.
+TierKernels with_products(TierKernels kernels, const TierKernels& products) {
+  kernels.scratch_floats = products.scratch_floats;
+  kernels.work = products.work;
+  kernels.conv_scratch_floats = products.conv_scratch_floats;
+  kernels.conv_work = products.conv_work;
+  kernels.parts = products.parts;
   return kernels;
 }
 #endif
@@ -101,7 +96,7 @@ const TierKernels* tier_kernels(Tier tier) {
 #endif
 #ifdef MBV2_HAVE_AVX512BF16X3
     case Tier::avx512bf16x3: {
-      static const TierKernels kernels = completed(kernels_avx512bf16x3, kernels_avx512);
+      static const TierKernels kernels = with_products(kernels_avx512, kernels_avx512bf16x3);
       return &kernels;
     }
 #endif
@@ -127,7 +122,7 @@ const TierKernels& block_kernels(const BlockDims& d, Tier tier) {
 
 void share_out(const BlockArgs& a, const PackedLayout& l, int threads, Plan* plan) {
   plan->row_parts = plan->splits = 1;
-  if (threads <= 1 || a.batch % threads == 0 || a.batch >= 4 * threads) return;  // whole images share out evenly
+  if (whole_images(a, threads)) return;
   // Else images are cut by rows (the rows around a cut are expanded twice) or by hidden channels (the partial sums are
   // written and added up by one thread), whichever costs less.
   const int64_t parts = threads / greatest_common_divisor(a.batch, threads);

@@ -34,24 +34,9 @@ struct ExpandEpilogue {
   ALWAYS_INLINE void skip(int64_t rows) { offset += rows; }
 };
 
-// ---- Depthwise: e as x is stored, d as Real -------------------------------------------------------------------------
-
 // Whether the depthwise pass reads 16-bit storage itself: where a patch has several rows, so that a pixel is converted
 // little more than once.
 constexpr bool kPatchesOfHalves = V::kMaxPatchHeight > 1;
-
-template <class Storage>
-struct ToReal {
-  using Element = typename Storage::Element;
-  using Result = Real;
-  static constexpr int kParts = 1;
-  static constexpr bool kAnyKernel = Storage::kOwn;  // other kernels, rare without expand, are not worth the code
-  template <int>
-  static ALWAYS_INLINE V::T load(const Element* p) {
-    return Storage::load(p);
-  }
-  static ALWAYS_INLINE void store(Real* p, V::T v) { V::store(p, v); }
-};
 
 // ---- One work item --------------------------------------------------------------------------------------------------
 
@@ -144,13 +129,6 @@ struct Item {
     ring_columns = b.ring_rows ? b.ring_size / (b.ring_rows * plan.chunk) : 0;
   }
 
-  ALWAYS_INLINE int64_t first_input_row(int64_t out_row) const { return max64(out_row * a.stride - a.pad_top, 0); }
-  // one past the last input row that output rows below `out_end` need
-  ALWAYS_INLINE int64_t end_input_row(int64_t out_end) const {
-    const int64_t end = (out_end - 1) * a.stride - a.pad_top + (a.dims.kernel - 1) * a.dilation + 1;
-    return max64(min64(end, a.height), 0);
-  }
-
   // Where row is copied to.
   ALWAYS_INLINE Real* wide_row(int64_t row) const {
     return wide + (row - wide_first) % b.wide_rows * a.width * b.wide_pitch;
@@ -198,12 +176,7 @@ struct Item {
                       int64_t first_column, int64_t columns) {
     const int64_t k = a.dims.kernel;
     const auto to = static_cast<const typename From::Element**>(rows);
-    for (int64_t oy = begin; oy < end; ++oy) {
-      for (int64_t dy = 0; dy < k; ++dy) {
-        const int64_t row = oy * a.stride - a.pad_top + dy * a.dilation;
-        to[(oy - begin) * k + dy] = row < 0 || row >= a.height ? nullptr : row_at(row);
-      }
-    }
+    find_rows(a, begin, end, to, row_at);
     Depthwise<ToReal<From>> p;
     p.rows = to;
     p.group = end - begin;
@@ -354,37 +327,29 @@ struct Item {
   }
 
   void run() {
-    // A ring's padding columns are zero and nothing ever writes to them.
-    if (a.dims.expand) {
-      for (int64_t row = 0; row < b.rings * b.ring_rows; ++row) {
-        Real* start = ring + row * ring_columns * b.ring_pitch;
-        const int64_t right = (a.pad_left + a.width) * b.ring_pitch, all = ring_columns * b.ring_pitch;
-        for (int64_t i = 0; i < a.pad_left * b.ring_pitch; ++i) start[i] = 0;
-        for (int64_t i = right; i < all; ++i) start[i] = 0;
-      }
-    }
+    if (a.dims.expand) clear_padding(ring, b.rings * b.ring_rows, ring_columns, a.pad_left, a.width, b.ring_pitch);
     for (int64_t band = item.row_begin; band < item.row_end; band += plan.band_rows) {
       const int64_t band_end = min64(band + plan.band_rows, item.row_end);
       // In a later band the rings already hold the rows that it shares with the band before.
-      const int64_t held = band == item.row_begin || !a.dims.expand ? 0 : end_input_row(band);
-      wide_first = max64(first_input_row(band), held);
+      const int64_t held = band == item.row_begin || !a.dims.expand ? 0 : end_input_row(a, band);
+      wide_first = max64(first_input_row(a, band), held);
       int64_t widened = wide_first;
       for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk) {
         const int64_t chunk = min64(plan.chunk, item.hidden_end - hidden);
         const int64_t vectors = ceil_div(chunk, V::width);
         Real* chunk_ring = ring + (b.rings > 1 ? hidden / plan.chunk : 0) * b.ring_size;
-        int64_t expanded = max64(first_input_row(band), held);
+        int64_t expanded = max64(first_input_row(a, band), held);
         for (int64_t row = band; row < band_end; row += plan.group_rows) {
           const int64_t row_end = min64(row + plan.group_rows, band_end);
           // The first chunk's groups copy what is new to them, right before they read it.
           if (b.widen && hidden == item.hidden_begin) {
-            const int64_t end = end_input_row(row_end);
+            const int64_t end = end_input_row(a, row_end);
             if (a.dims.expand && l.hidden_padded <= plan.chunk) wide_first = widened;  // its rows have to adjoin
             widen_rows(widened, end);
             widened = max64(widened, end);
           }
           if (a.dims.expand) {
-            const int64_t begin = max64(expanded, first_input_row(row)), end = end_input_row(row_end);
+            const int64_t begin = max64(expanded, first_input_row(a, row)), end = end_input_row(a, row_end);
             if (end > begin) expand_rows(begin, end, hidden, vectors, chunk_ring, row == band);
             expanded = max64(expanded, end);
           }
@@ -395,7 +360,7 @@ struct Item {
           // Without expand the depthwise pass is the first to read x: what the next group will read besides.
           Fetch input = {};
           if (!a.dims.expand && !b.widen && hidden == item.hidden_begin) {
-            const int64_t from = end_input_row(row_end);
+            const int64_t from = end_input_row(a, row_end);
             const int64_t rows_ahead = min64((row_end - row) * a.stride, a.height - from);
             input = {x + from * a.x_stride_row, rows_ahead * a.x_stride_row * static_cast<int64_t>(sizeof(Element))};
           }

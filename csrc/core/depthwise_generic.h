@@ -1,10 +1,57 @@
-// The depthwise pass over a group of rows. Included after tile_generic.h, which says what may not be done here.
+// The depthwise pass over a group of rows, and which rows it reads. Included after tile_generic.h, which says what may
+// not be done here.
 //
 // How e is read and d is written is `Taps`' affair: Element, Result (types in memory), kParts, load<Part>(element*),
 // and store(result*, V::T), and kAnyKernel, or kernel 3 only. kParts vectors lie in one run of e: with 16-bit numbers
 // two, the even channels and the odd.
 //
 // No #pragma once: included once a tier.
+
+// ---- Rows of e, of a block's or a training phase's arguments `a` ----------------------------------------------------
+
+template <class Args>
+ALWAYS_INLINE int64_t first_input_row(const Args& a, int64_t out_row) {
+  return max64(out_row * a.stride - a.pad_top, 0);
+}
+// One past the last input row that output rows below `out_end` need.
+template <class Args>
+ALWAYS_INLINE int64_t end_input_row(const Args& a, int64_t out_end) {
+  const int64_t end = (out_end - 1) * a.stride - a.pad_top + (a.dims.kernel - 1) * a.dilation + 1;
+  return max64(min64(end, a.height), 0);
+}
+// rows[(oy - begin) * kernel + dy]: row_at(input row) for output rows [begin, end), null in the padding.
+template <class Args, class Element, class RowAt>
+ALWAYS_INLINE void find_rows(const Args& a, int64_t begin, int64_t end, const Element** rows, const RowAt& row_at) {
+  for (int64_t oy = begin; oy < end; ++oy)
+    for (int64_t dy = 0; dy < a.dims.kernel; ++dy) {
+      const int64_t row = oy * a.stride - a.pad_top + dy * a.dilation;
+      *rows++ = row < 0 || row >= a.height ? nullptr : row_at(row);
+    }
+}
+// A ring's row has the image's `width` columns, and others around them that no expand ever writes: they are zero.
+template <class Element>
+static void clear_padding(Element* ring, int64_t rows, int64_t columns, int64_t left, int64_t width, int64_t pitch) {
+  for (int64_t row = 0; row < rows; ++row, ring += columns * pitch) {
+    for (int64_t i = 0; i < left * pitch; ++i) ring[i] = 0;
+    for (int64_t i = (left + width) * pitch; i < columns * pitch; ++i) ring[i] = 0;
+  }
+}
+
+// ---- The pass -------------------------------------------------------------------------------------------------------
+
+// e as x is stored, d as Real.
+template <class Storage>
+struct ToReal {
+  using Element = typename Storage::Element;
+  using Result = Real;
+  static constexpr int kParts = 1;
+  static constexpr bool kAnyKernel = Storage::kOwn;  // other kernels, rare without expand, are not worth the code
+  template <int>
+  static ALWAYS_INLINE V::T load(const Element* p) {
+    return Storage::load(p);
+  }
+  static ALWAYS_INLINE void store(Real* p, V::T v) { V::store(p, v); }
+};
 
 // A group of output rows.
 template <class Taps>

@@ -48,7 +48,12 @@ struct PanelMatrix {
 inline int64_t panel_count(const PanelMatrix& m) { return ceil_divide(m.padded, m.panel); }
 void pack_panels(const PanelMatrix& matrix, int64_t panel_begin, int64_t panel_end);
 
-// Cuts images for several threads: plan's row_parts and splits.
+// Whether whole images share out evenly.
+inline bool whole_images(const BlockArgs& a, int threads) {
+  return threads <= 1 || a.batch % threads == 0 || a.batch >= 4 * threads;
+}
+
+// Cuts images for several threads where they do not: plan's row_parts and splits.
 void share_out(const BlockArgs& args, const PackedLayout& layout, int threads, Plan* plan);
 
 // The panel width, in vectors, for a matrix `vectors` wide.

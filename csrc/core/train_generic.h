@@ -647,11 +647,6 @@ struct TrainWork {
   // ---- Rows of x and e ----
 
   ALWAYS_INLINE int64_t pixels_of_d() const { return a.batch * a.out_height * a.out_width; }
-  ALWAYS_INLINE int64_t first_input_row(int64_t out_row) const { return max64(out_row * a.stride - a.pad_top, 0); }
-  // one past the last input row that output rows below `out_end` need
-  ALWAYS_INLINE int64_t end_input_row(int64_t out_end) const {
-    return max64(min64((out_end - 1) * a.stride - a.pad_top + b.reach, a.height), 0);
-  }
   // the rows of d that have a tap on input rows [begin, end)
   ALWAYS_INLINE int64_t first_out_row(int64_t begin) const {
     return max64(ceil_div(max64(begin + a.pad_top - (b.reach - 1), 0), a.stride), 0);
@@ -725,7 +720,7 @@ struct TrainWork {
           e = expand ? e_ring(panel) + e_row(in) : input_row(in) + panel.hidden;
       }
     if (!expand)
-      for (int64_t row = end_input_row(end), last = end_input_row(end + 1); row < last; ++row)
+      for (int64_t row = end_input_row(a, end), last = end_input_row(a, end + 1); row < last; ++row)
         fetch_row(input_row(row) + panel.hidden, input_pitch());
     Depthwise<ToReal<Own>> d;
     d.rows = rows;
@@ -1048,15 +1043,15 @@ struct TrainWork {
     for_each_part(a.out_height, [&](int64_t part_begin, int64_t part_end) {
       const int64_t part_pixel = (image * a.out_height + part_begin) * a.out_width;
       const int64_t part_pixels = (part_end - part_begin) * a.out_width;
-      if (!b.keeps_d) widen_rows(first_input_row(part_begin), end_input_row(part_end));
+      if (!b.keeps_d) widen_rows(first_input_row(a, part_begin), end_input_row(a, part_end));
       if (!is_depthwise && !is_project) gradient_of_z(part_pixel, part_pixels);
       for_each_chunk([&](int64_t hidden, int64_t hidden_end) {
-        int64_t expanded = first_input_row(part_begin);
+        int64_t expanded = first_input_row(a, part_begin);
         for (int64_t row = part_begin; row < part_end; row += plan.group_rows) {
           const int64_t row_end = min64(row + plan.group_rows, part_end), pixels = (row_end - row) * a.out_width;
           const int64_t pixel = (image * a.out_height + row) * a.out_width;
           const int64_t at = (pixel - part_pixel) * l.out_padded;
-          const int64_t expand_begin = max64(expanded, first_input_row(row)), expand_end = end_input_row(row_end);
+          const int64_t expand_begin = max64(expanded, first_input_row(a, row)), expand_end = end_input_row(a, row_end);
           expanded = max64(expanded, expand_end);
           for_each_panel(hidden, hidden_end, pixel - part_pixel, pixels, part_pixels, [&](const Panel& panel) {
             if (!b.keeps_d) {
@@ -1238,8 +1233,8 @@ struct TrainWork {
       const int64_t out_begin = first_out_row(part_begin), out_end = max64(end_out_row(part_end), out_begin);
       int64_t first = part_begin, end = part_end;
       if (!b.keeps_d && out_begin < out_end) {
-        first = min64(first, first_input_row(out_begin));
-        end = max64(end, end_input_row(out_end));
+        first = min64(first, first_input_row(a, out_begin));
+        end = max64(end, end_input_row(a, out_end));
       }
       widen_rows(first, end);
       if (item.matrix) {
@@ -1255,7 +1250,7 @@ struct TrainWork {
           const int64_t row_end = min64(row + plan.group_rows, part_end), pixels = (row_end - row) * a.width;
           const int64_t pixel = (image * a.height + row) * a.width;
           const int64_t make = max64(min64(end_out_row(row_end), out_end), made);
-          const int64_t expand_end = b.keeps_d || make == made ? row_end : max64(row_end, end_input_row(make));
+          const int64_t expand_end = b.keeps_d || make == made ? row_end : max64(row_end, end_input_row(a, make));
           const int64_t done = (made - out_begin) * a.out_width, new_pixels = (make - made) * a.out_width;
           const int64_t part_pixels = (out_end - out_begin) * a.out_width;
           for_each_panel(hidden, hidden_end, done, new_pixels, part_pixels, [&](const Panel& panel) {

@@ -276,12 +276,6 @@ struct Item {
     x = static_cast<const uint16_t*>(a.x) + item.image * a.x_stride_image;
   }
 
-  ALWAYS_INLINE int64_t first_input_row(int64_t out_row) const { return max64(out_row * a.stride - a.pad_top, 0); }
-  // one past the last input row that output rows below `out_end` need
-  ALWAYS_INLINE int64_t end_input_row(int64_t out_end) const {
-    const int64_t end = (out_end - 1) * a.stride - a.pad_top + (a.dims.kernel - 1) * a.dilation + 1;
-    return max64(min64(end, a.height), 0);
-  }
   // In a chunk's ring.
   ALWAYS_INLINE int64_t ring_row(int64_t row) const { return row % b.ring_rows * b.ring_columns * plan.chunk; }
 
@@ -338,18 +332,10 @@ struct Item {
   }
 
   // Output rows [begin, end) of d, hidden channels [hidden, hidden_end).
-  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end, uint16_t* chunk_ring) {
+  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end, const uint16_t* chunk_ring) {
     const int64_t k = a.dims.kernel;
-    for (int64_t oy = begin; oy < end; ++oy) {
-      for (int64_t dy = 0; dy < k; ++dy) {
-        const int64_t row = oy * a.stride - a.pad_top + dy * a.dilation;
-        const uint16_t*& to = rows[(oy - begin) * k + dy];
-        if (row < 0 || row >= a.height)
-          to = nullptr;
-        else
-          to = b.rings ? chunk_ring + ring_row(row) : x + row * a.x_stride_row + hidden;
-      }
-    }
+    find_rows(a, begin, end, rows,
+              [&](int64_t row) { return b.rings ? chunk_ring + ring_row(row) : x + row * a.x_stride_row + hidden; });
     Depthwise<EvenAndOdd> p;
     p.rows = rows;
     p.group = end - begin;
@@ -392,24 +378,13 @@ struct Item {
     }
   }
 
-  // A ring's padding columns are zero and nothing ever writes to them.
-  void clear_padding() {
-    const int64_t left = a.pad_left * plan.chunk, right = (a.pad_left + a.width) * plan.chunk;
-    const int64_t row_size = b.ring_columns * plan.chunk;
-    const int64_t count = ceil_div(l.hidden_padded, plan.chunk) * b.ring_rows;
-    for (int64_t row = 0; row < count; ++row) {
-      uint16_t* start = ring + row * row_size;
-      for (int64_t i = 0; i < left; ++i) start[i] = 0;
-      for (int64_t i = right; i < row_size; ++i) start[i] = 0;
-    }
-  }
-
   void run() {
-    if (b.rings) clear_padding();
-    int64_t held = first_input_row(item.row_begin);  // input rows below are in the ring
+    const int64_t rings = ceil_div(l.hidden_padded, plan.chunk);
+    if (b.rings) clear_padding(ring, rings * b.ring_rows, b.ring_columns, a.pad_left, a.width, plan.chunk);
+    int64_t held = first_input_row(a, item.row_begin);  // input rows below are in the ring
     for (int64_t row = item.row_begin; row < item.row_end; row += plan.group_rows) {
       const int64_t row_end = min64(row + plan.group_rows, item.row_end);
-      const int64_t begin = max64(held, first_input_row(row)), end = max64(end_input_row(row_end), begin);
+      const int64_t begin = max64(held, first_input_row(a, row)), end = max64(end_input_row(a, row_end), begin);
       held = end;
       Pixels pixels = {};
       if (a.dims.expand && end > begin) pixels = prepare_rows(begin, end);

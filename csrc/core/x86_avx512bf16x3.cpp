@@ -329,7 +329,6 @@ NOINLINE void tile_product(TileShapes& shapes, const Pixels& a, const Weights& w
       next = done;
     }
   }
-  meanwhile.pixels_a_slice = 0;
   meanwhile.finish(meanwhile.pixels);
 }
 
@@ -484,18 +483,6 @@ static size_t scratch_floats(const BlockArgs& a, const PackedLayout& l, const Pl
   return static_cast<size_t>(buffers_of(a, l, plan).size / 4);
 }
 
-struct Real32 {  // how the depthwise pass reads and writes
-  using Element = float;
-  using Result = float;
-  static constexpr int kParts = 1;
-  static constexpr bool kAnyKernel = true;
-  template <int>
-  static ALWAYS_INLINE V::T load(const float* p) {
-    return V::load(p);
-  }
-  static ALWAYS_INLINE void store(float* p, V::T v) { V::store(p, v); }
-};
-
 // e's rings, from one of 32 channels on.
 struct ToRing {
   float* ring;
@@ -548,12 +535,6 @@ struct Item {
     x = static_cast<const Element*>(a.x) + item.image * a.x_stride_image;
   }
 
-  ALWAYS_INLINE int64_t first_input_row(int64_t out_row) const { return max64(out_row * a.stride - a.pad_top, 0); }
-  // one past the last input row that output rows below `out_end` need
-  ALWAYS_INLINE int64_t end_input_row(int64_t out_end) const {
-    const int64_t end = (out_end - 1) * a.stride - a.pad_top + (a.dims.kernel - 1) * a.dilation + 1;
-    return max64(min64(end, a.height), 0);
-  }
   ALWAYS_INLINE int64_t ring_row(int64_t row) const { return row % b.ring_rows * b.ring_columns * kPanel; }
 
   // Input rows [begin, end): where each pixel lies in a ring, and x as a product reads it.
@@ -590,18 +571,10 @@ struct Item {
   // Output rows [begin, end) of d, hidden channels [hidden, hidden_end): 32 at most.
   void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end, const float* from_ring) {
     const int64_t k = a.dims.kernel;
-    for (int64_t oy = begin; oy < end; ++oy)
-      for (int64_t dy = 0; dy < k; ++dy) {
-        const int64_t row = oy * a.stride - a.pad_top + dy * a.dilation;
-        const float*& from = rows[(oy - begin) * k + dy];
-        if (row < 0 || row >= a.height)
-          from = nullptr;
-        else if (b.rings)
-          from = from_ring + ring_row(row);
-        else
-          from = reinterpret_cast<const float*>(x) + row * a.x_stride_row + hidden;
-      }
-    Depthwise<Real32> p;
+    const auto* own_x = reinterpret_cast<const float*>(x) + hidden;
+    find_rows(a, begin, end, rows,
+              [&](int64_t row) { return b.rings ? from_ring + ring_row(row) : own_x + row * a.x_stride_row; });
+    Depthwise<ToReal<Own>> p;
     p.rows = rows;
     p.group = end - begin;
     p.pitch = b.rings ? kPanel : a.x_stride_pixel;
@@ -646,23 +619,13 @@ struct Item {
     }
   }
 
-  // A ring's padding columns are zero and nothing ever writes to them.
-  void clear_padding() {
-    const int64_t left = a.pad_left * kPanel, right = (a.pad_left + a.width) * kPanel, size = b.ring_columns * kPanel;
-    for (int64_t row = 0; row < b.ring_count * b.ring_rows; ++row) {
-      float* start = ring + row * size;
-      for (int64_t i = 0; i < left; ++i) start[i] = 0;
-      for (int64_t i = right; i < size; ++i) start[i] = 0;
-    }
-  }
-
   void run() {
-    if (b.rings) clear_padding();
-    const bool bounded = a.activation.hi < kInfinity;  // then d is tame, or NaN, which tiles keep
-    int64_t held = first_input_row(item.row_begin);    // input rows below are in the rings
+    if (b.rings) clear_padding(ring, b.ring_count * b.ring_rows, b.ring_columns, a.pad_left, a.width, kPanel);
+    const bool bounded = a.activation.hi < kInfinity;   // then d is tame, or NaN, which tiles keep
+    int64_t held = first_input_row(a, item.row_begin);  // input rows below are in the rings
     for (int64_t row = item.row_begin; row < item.row_end; row += plan.group_rows) {
       const int64_t row_end = min64(row + plan.group_rows, item.row_end);
-      const int64_t begin = max64(held, first_input_row(row)), end = max64(end_input_row(row_end), begin);
+      const int64_t begin = max64(held, first_input_row(a, row)), end = max64(end_input_row(a, row_end), begin);
       held = end;
       Pixels pixels = {};
       if (a.dims.expand && end > begin) pixels = prepare_rows(begin, end);
@@ -697,7 +660,7 @@ static void work(const BlockArgs& a, const PackedLayout& l, const Plan& plan, co
 constexpr int64_t kRun = 256;  // output pixels that are multiplied at a time
 
 struct ConvBuffers {
-  int64_t tiles, workspace, y, pixel, size;  // in bytes
+  int64_t workspace, y, pixel, size;  // in bytes, behind the split pixels
 };
 static ConvBuffers conv_buffers_of(const ConvArgs& a) {
   ConvBuffers b = {};
