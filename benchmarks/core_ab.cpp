@@ -13,9 +13,9 @@
 // version, so avx512bf16x3 (-DMBV2_HAVE_AVX512BF16X3) where there is one. NAME.so:fp16 is a version with a storage
 // of its own; to compare two of one version, copy it.
 //
-// A core of a shared machine runs at half its speed while a neighbor is busy on its other hardware thread. So before
-// and after each layer a few microseconds of nothing but multiply-adds are timed: a layer's share of the peak is its
-// share of the mean of these two, and times are given as they would be at the best peak seen. Medians.
+// Times are the clock's, medians, and ratios are those of times: versions run in turns, so that all meet the same
+// neighbors. The peak is the best of a few microseconds of nothing but multiply-adds before each network. Not between
+// layers: tiles of AMX behind such a loop, and the loop behind tiles, are slower than either alone.
 #ifdef VERSION
 #include <omp.h>
 
@@ -224,7 +224,7 @@ struct Version {
   const char* (*name)(int);
   void (*run)(int);
   double (*run_peak)();
-  std::vector<std::vector<double> > shares, times;  // of each layer, then of all; times in FLOP of the peak
+  std::vector<std::vector<double> > times;  // of each layer, then of all; in seconds
 };
 
 static double seconds() {
@@ -254,12 +254,10 @@ int main(int count, char** words) {
                  reinterpret_cast<decltype(v.name)>(dlsym(object, "name")),
                  reinterpret_cast<decltype(v.run)>(dlsym(object, "run")),
                  reinterpret_cast<decltype(v.run_peak)>(dlsym(object, "run_peak")),
-                 {},
                  {}};
     layers = v.prepare(network.c_str(), batch, threads);
     if (layers == 0) return std::fprintf(stderr, "%s knows no network %s\n", words[i], words[1]), 1;
-    v.shares.resize(static_cast<size_t>(layers) + 1);
-    v.times = v.shares;
+    v.times.resize(static_cast<size_t>(layers) + 1);
     versions.push_back(v);
   }
   double best_peak = 0;
@@ -267,37 +265,36 @@ int main(int count, char** words) {
   while (seconds() < end) {
     for (Version& v : versions) {
       for (int i = 0; i < layers; ++i) v.run(i);  // another version's weights are in the caches
-      double ideal = 0, all = 0;
-      const auto peak_now = [&] {
-        v.run_peak();  // the first microseconds after other work can be half as fast
-        const double begin = seconds(), flop = v.run_peak();
-        return flop / (seconds() - begin);
-      };
-      double before = peak_now();
-      for (int i = 0; i < layers; ++i) {
-        const double begin = seconds();
-        v.run(i);
-        const double taken = seconds() - begin, after = peak_now(), peak = (before + after) / 2;
-        v.times[static_cast<size_t>(i)].push_back(taken * peak);
-        v.shares[static_cast<size_t>(i)].push_back(v.flop(i) / (taken * peak * threads));
-        ideal += v.flop(i);
-        all += taken * peak;
-        before = after;
-        best_peak = std::max(best_peak, after);
+      v.run_peak();                               // the first microseconds after other work can be half as fast
+      const double before = seconds(), flop = v.run_peak(), first = seconds();
+      best_peak = std::max(best_peak, flop / (first - before));
+      double begin = first;
+      for (size_t i = 0; i < static_cast<size_t>(layers); ++i) {
+        v.run(static_cast<int>(i));
+        const double end_of_layer = seconds();
+        v.times[i].push_back(end_of_layer - begin);
+        begin = end_of_layer;
       }
-      v.times.back().push_back(all);
-      v.shares.back().push_back(ideal / (all * threads));
+      v.times.back().push_back(begin - first);
     }
   }
-  std::printf("FMA peak %.1f GFLOP/s a thread; a layer's microseconds at it, percent of it, times as fast as %s\n",
-              best_peak * 1e-9, words[5]);
+  double all = 0;
   int width = 0;
-  for (int i = 0; i < layers; ++i) width = std::max(width, static_cast<int>(std::strlen(versions[0].name(i))));
+  for (int i = 0; i < layers; ++i) {
+    all += versions[0].flop(i);
+    width = std::max(width, static_cast<int>(std::strlen(versions[0].name(i))));
+  }
+  std::printf("FMA peak %.1f GFLOP/s a thread; microseconds, percent of it, times as fast as %s\n", best_peak * 1e-9,
+              words[5]);
   for (size_t i = 0; i <= static_cast<size_t>(layers); ++i) {
-    std::printf("%-*s", width, i < static_cast<size_t>(layers) ? versions[0].name(static_cast<int>(i)) : "all");
-    for (const Version& v : versions)
-      std::printf("  %8.1f us %3.0f %% x%.2f", median(v.times[i]) / best_peak * 1e6, 100 * median(v.shares[i]),
-                  median(versions[0].times[i]) / median(v.times[i]));
+    const bool layer = i < static_cast<size_t>(layers);
+    const double flop = layer ? versions[0].flop(static_cast<int>(i)) : all;
+    std::printf("%-*s", width, layer ? versions[0].name(static_cast<int>(i)) : "all");
+    for (const Version& v : versions) {
+      const double time = median(v.times[i]);
+      std::printf("  %8.1f us %3.0f %% x%.2f", time * 1e6, 100 * flop / (time * best_peak * threads),
+                  median(versions[0].times[i]) / time);
+    }
     std::printf("\n");
   }
 }

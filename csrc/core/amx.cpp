@@ -134,9 +134,10 @@ void pack_tiles(const ConvDims& d, const float* weight, const float* bias, int p
 
 Plan tile_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
-  // Measured (csrc/TUNING.md), and flat around these values.
-  const int64_t kPixels = l.parts == 1 ? 448 : 196, kCache = 768 * 1024, kChunk = l.parts == 1 ? 96 : 128;
-  const int64_t e_bytes = l.parts == 1 ? 2 : 4;
+  // Measured (csrc/TUNING.md), and flat around these values. In parts e and d take twice to three times the memory; as
+  // much of L2 as that leaves for 196 pixels of 96 to 576 hidden channels at once.
+  const int64_t kPixels = l.parts == 1 ? 448 : a.dims.expand ? 392 : 196;
+  const int64_t kCache = (l.parts == 1 ? 768 : 1200) * 1024, kChunk = 96, e_bytes = l.parts == 1 ? 2 : 4;
   Plan p;
   p.chunk = std::min(kChunk, l.hidden_padded);
   // Rows a group: as many pixels as make a call of the kernels worth its while, if e's rows and d stay in L2. Without
