@@ -16,7 +16,7 @@
 //
 // Weights are fp32 in memory (amx.h has their order) and split while the tiles before them are multiplied.
 //
-// What bf16 parts cannot stand for: pixels with infinities or NaN are multiplied as fp32 (`plain_product`), so are
+// What bf16 parts cannot stand for: pixels with infinities or NaN are multiplied as fp32 (`fp32_product`), so are
 // numbers so large that a partial product could overflow where the product does not, and weights of either kind. AMX
 // takes denormals for zeros: what is below 2^-110 loses bits.
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics of shifts, where they are inlined
@@ -46,6 +46,8 @@ constexpr int64_t kStep = kTileRows * kRow;  // of those tiles
 constexpr int64_t kPanel = 2 * kTileRows;    // channels that are multiplied together
 constexpr int64_t kStrip = 4;                // steps of the depth that they are multiplied by, at most
 constexpr int64_t kStripNumbers = kStrip * 2 * kStep;
+// Pixels that fp32 arithmetic multiplies at a time. Blocks of images with no more are faster by it than by tiles.
+constexpr int64_t kFp32Rows = 12;
 
 // ---- Splitting ------------------------------------------------------------------------------------------------------
 
@@ -71,24 +73,24 @@ ALWAYS_INLINE void split(V::T first, V::T second, uint16_t* to) {
 ALWAYS_INLINE int64_t place(int64_t k) { return k % 16 * 2 + k / 16; }
 
 // The left matrix of a product, split: [tile][step][16 pixels][part][32]. As many pixels a tile as make all of them
-// equal. tame: tiles can multiply them.
+// equal. on_tiles: as tiles multiply them; else fp32_product does.
 struct Pixels {
   uint16_t* first;
   int64_t count, rows, steps;
-  bool tame;
+  bool on_tiles;
   ALWAYS_INLINE int64_t tile() const { return steps * kStep; }
   ALWAYS_INLINE int64_t tiles() const { return count ? ceil_div(count, rows) : 0; }
   ALWAYS_INLINE uint16_t* row(int64_t pixel) const { return first + pixel / rows * tile() + pixel % rows * kRow; }
 };
 static ALWAYS_INLINE bool tame(const float* packed) { return !reinterpret_cast<const PackedHeader*>(packed)->wild; }
-static Pixels pixels_in(uint16_t* memory, int64_t count, int64_t depth, bool tame) {
-  return {memory, count, count ? ceil_div(count, ceil_div(count, kTileRows)) : 1, ceil_div(depth, kPanel), tame};
+static Pixels pixels_in(uint16_t* memory, int64_t count, int64_t depth, bool on_tiles) {
+  return {memory, count, count ? ceil_div(count, ceil_div(count, kTileRows)) : 1, ceil_div(depth, kPanel), on_tiles};
 }
 static int64_t pixels_size(int64_t count, int64_t depth) {  // in bytes
   return ceil_div(count, kTileRows) * ceil_div(depth, kPanel) * kStep * 2;
 }
 
-// Numbers that tiles cannot multiply, as what `plain_product` reads: infinities and NaN as they are, in one part.
+// Numbers that tiles cannot multiply, as what `fp32_product` reads: infinities and NaN as they are, in one part.
 template <class Storage>
 static __attribute__((noinline)) void split_wild(const typename Storage::Element* x, int64_t channels, uint16_t* to) {
   for (int64_t k = 0; k < channels; ++k) {
@@ -128,7 +130,7 @@ static void split_pixels(const typename Storage::Element* x, int64_t pitch, int6
       split(a, b, at);
     }
     if (Check && _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q)) {
-      to.tame = false;
+      to.on_tiles = false;
       split_wild<Storage>(x, channels, row);
     }
     row += kRow;
@@ -158,16 +160,18 @@ struct Int {
   static constexpr int value = N;
 };
 
-// What a product needs besides: two strips of weights, split; the sums of the strips before.
+// What a product needs besides: two strips of weights, split, and the sums of strips before; or pixels as fp32.
 struct Workspace {
   uint16_t* strips;
-  float* totals;
+  float *totals, *joined;
 };
-static int64_t workspace_size(int64_t pixels) {  // in bytes
-  return 2 * kStripNumbers * 2 + (pixels + kPanel) * kPanel * 4;
+static int64_t workspace_size(int64_t pixels, int64_t depth) {  // in bytes
+  const int64_t joined = kFp32Rows * ceil_div(depth, kPanel) * kPanel * 4;
+  return max64(2 * kStripNumbers * 2 + (pixels + kPanel) * kPanel * 4, joined);
 }
 static Workspace workspace_in(char* memory) {
-  return {reinterpret_cast<uint16_t*>(memory), reinterpret_cast<float*>(memory + 2 * kStripNumbers * 2)};
+  return {reinterpret_cast<uint16_t*>(memory), reinterpret_cast<float*>(memory + 2 * kStripNumbers * 2),
+          reinterpret_cast<float*>(memory)};
 }
 
 // 1 or 2 tiles of pixels by 1 or 2 of channels, on top of `start`. meanwhile() is called after each few
@@ -332,43 +336,87 @@ NOINLINE void tile_product(TileShapes& shapes, const Pixels& a, const Weights& w
   meanwhile.finish(meanwhile.pixels);
 }
 
-// The same in fp32 arithmetic, number by number: slow, for what is rare. Channels that do not exist are zero, also
-// where an infinity has made NaN of their zero weights.
-template <class To>
-NOINLINE void plain_product(const Pixels& a, const Weights& w, const To& to) {
-  const auto part = [](uint16_t half) {
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float v;
-    __builtin_memcpy(&v, &bits, sizeof v);
-    return v;
-  };
-  for (int64_t column = 0; column < w.columns; column += 2) {
-    auto target = to.target(column, 0);
-    for (int64_t p = 0; p < a.count; ++p, target.next()) {
-      V::T sums[2] = {V::load(w.start(column)), V::set(0)};
-      if (column + 1 < w.columns) sums[1] = V::load(w.start(column + 1));
-      const float* weights = w.at(column, 0);
-      const uint16_t* row = a.row(p);
-      for (int64_t step = 0; step < a.steps; ++step, row += kStep, weights += kPanel * kPanel)
-        for (int64_t k = 0; k < kPanel; ++k) {
-          const uint16_t* parts = row + place(k);
-          const V::T v = V::set(part(parts[0]) + part(parts[kPart]) + part(parts[2 * kPart]));
-          for (int j = 0; j < 2; ++j)
-            sums[j] = V::fma(v, V::load(weights + ((j * 16 + k % 16) * 2 + k / 16) * V::width), sums[j]);
+// ---- The same in fp32 arithmetic ------------------------------------------------------------------------------------
+
+// For what tiles cannot multiply, and for blocks of so few pixels that splitting the weights takes longer than that. By
+// the size of an image, not of a group: the same bits in any batch and with any threads.
+
+// A row of three tiles -> the 32 numbers that it was.
+ALWAYS_INLINE void join(const uint16_t* from, float* to) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  V::T first, second;
+  UNROLL for (int part = 0; part < 3; ++part) {
+    const __m512i pairs = _mm512_loadu_si512(from + part * kPart);
+    const V::T a = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    const V::T b = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+    first = part ? V::add(first, a) : a;
+    second = part ? V::add(second, b) : b;
+  }
+  V::store(to, first);
+  V::store(to + V::width, second);
+}
+
+// Rows pixels, of `steps` * 32 numbers each, by 32 channels. Sums are over runs as short as tiles' are. Channels that
+// do not exist are zero, also where an infinity has made NaN of their zero weights.
+template <int Rows, class Target>
+ALWAYS_INLINE void multiply_rows(const float* pixels, int64_t steps, const Weights& w, int64_t column, Target target) {
+  const int64_t pitch = steps * kPanel;
+  const float* weights = w.at(column, 0);
+  V::T totals[Rows][2];
+  for (int64_t strip = 0; strip < steps; strip += kStrip) {
+    V::T start[2] = {V::set(0), V::set(0)}, sums[Rows][2];
+    for (int j = 0; j < 2 && !strip; ++j)
+      if (column + j < w.columns) start[j] = V::load(w.start(column + j));
+    UNROLL for (int r = 0; r < Rows; ++r) UNROLL for (int j = 0; j < 2; ++j) sums[r][j] = start[j];
+    for (int64_t step = strip, end = min64(strip + kStrip, steps); step < end; ++step, weights += kPanel * kPanel)
+      for (int64_t i = 0; i < kPanel; ++i, ++pixels) {
+        const float* line = weights + i % 16 * 2 * V::width + i / 16 * V::width;
+        const V::T a = V::load(line), b = V::load(line + kPanel * kTileRows);
+        __builtin_prefetch(line + kStrip * kPanel * kPanel, 0, 2);
+        __builtin_prefetch(line + (kStrip * kPanel + kTileRows) * kPanel, 0, 2);
+        UNROLL for (int r = 0; r < Rows; ++r) {
+          const V::T pixel = V::broadcast(pixels + r * pitch);
+          sums[r][0] = V::fma(pixel, a, sums[r][0]);
+          sums[r][1] = V::fma(pixel, b, sums[r][1]);
         }
-      for (int j = 0; j < 2; ++j) {
-        const int64_t exist = max64(min64(w.channels - (column + j) * kTileRows, V::width), 0);
-        sums[j] = _mm512_mask_mov_ps(V::set(0), V::first(static_cast<int>(exist)), sums[j]);
       }
-      target.write(sums[0], sums[1]);
+    UNROLL for (int r = 0; r < Rows; ++r) UNROLL for (int j = 0; j < 2; ++j) {
+      totals[r][j] = strip ? V::add(totals[r][j], sums[r][j]) : sums[r][j];
     }
+  }
+  UNROLL for (int j = 0; j < 2; ++j) {
+    const int64_t exist = max64(min64(w.channels - (column + j) * kTileRows, V::width), 0);
+    const __mmask16 mask = V::first(static_cast<int>(exist));
+    UNROLL for (int r = 0; r < Rows; ++r) totals[r][j] = _mm512_mask_mov_ps(V::set(0), mask, totals[r][j]);
+  }
+  UNROLL for (int r = 0; r < Rows; ++r, target.next()) target.write(totals[r][0], totals[r][1]);
+}
+
+template <int Rows, class To>
+static void fp32_rows(int64_t rows, const float* pixels, int64_t first, int64_t steps, const Weights& w, const To& to) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return fp32_rows<Rows - 1>(rows, pixels, first, steps, w, to);
+  }
+  for (int64_t column = 0; column < w.columns; column += 2)
+    multiply_rows<Rows>(pixels, steps, w, column, to.target(column, first));
+}
+
+template <class To>
+NOINLINE void fp32_product(const Pixels& a, const Weights& w, const Workspace& workspace, const To& to) {
+  const int64_t passes = ceil_div(a.count, kFp32Rows);
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = a.count * pass / passes, end = a.count * (pass + 1) / passes;
+    float* joined = workspace.joined;
+    for (int64_t p = first; p < end; ++p)
+      for (int64_t step = 0; step < a.steps; ++step, joined += kPanel) join(a.row(p) + step * kStep, joined);
+    fp32_rows<kFp32Rows>(end - first, workspace.joined, first, a.steps, w, to);
   }
 }
 
 template <class To>
 static void product(TileShapes& shapes, const Pixels& a, const Weights& w, const Workspace& workspace, const To& to) {
-  if (!a.tame)
-    plain_product(a, w, to);
+  if (!a.on_tiles)
+    fp32_product(a, w, workspace, to);
   else if (a.steps > kStrip)
     tile_product<true>(shapes, a, w, workspace, to);
   else
@@ -471,7 +519,7 @@ static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan&
   b.d = section(out_pixels * kPanel * 4);
   b.d_tiles = section(pixels_size(out_pixels, l.hidden_padded));
   b.x_tiles = section(a.dims.expand ? pixels_size(in_pixels, a.dims.in_channels) : 0);
-  b.workspace = section(workspace_size(max64(in_pixels, out_pixels)));
+  b.workspace = section(workspace_size(max64(in_pixels, out_pixels), max64(a.dims.in_channels, l.hidden_padded)));
   b.y = section(b.direct ? 0 : out_pixels * a.dims.out_channels * 4);
   b.offsets = section(in_pixels * static_cast<int64_t>(sizeof(int32_t)));
   b.rows = section(plan.group_rows * a.dims.kernel * static_cast<int64_t>(sizeof(void*)));
@@ -540,7 +588,8 @@ struct Item {
   // Input rows [begin, end): where each pixel lies in a ring, and x as a product reads it.
   Pixels prepare_rows(int64_t begin, int64_t end) {
     int32_t* to = offsets;
-    Pixels pixels = pixels_in(x_tiles, (end - begin) * a.width, a.dims.in_channels, tame(a.packed));
+    const bool on_tiles = tame(a.packed) && a.height * a.width > kFp32Rows;
+    Pixels pixels = pixels_in(x_tiles, (end - begin) * a.width, a.dims.in_channels, on_tiles);
     for (int64_t row = begin; row < end; ++row) {
       int64_t at = ring_row(row) + a.pad_left * kPanel;
       for (int64_t c = 0; c < a.width; ++c, at += kPanel) *to++ = static_cast<int32_t>(at);
@@ -629,8 +678,8 @@ struct Item {
       held = end;
       Pixels pixels = {};
       if (a.dims.expand && end > begin) pixels = prepare_rows(begin, end);
-      Pixels of_d =
-          pixels_in(d_tiles, (row_end - row) * a.out_width, item.hidden_end - item.hidden_begin, tame(a.packed));
+      Pixels of_d = pixels_in(d_tiles, (row_end - row) * a.out_width, item.hidden_end - item.hidden_begin,
+                              tame(a.packed) && a.out_height * a.out_width > kFp32Rows);
       float* chunk_rings = ring;
       for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk) {
         const int64_t hidden_end = min64(hidden + plan.chunk, item.hidden_end);
@@ -665,7 +714,7 @@ struct ConvBuffers {
 static ConvBuffers conv_buffers_of(const ConvArgs& a) {
   ConvBuffers b = {};
   b.workspace = pixels_size(kRun, a.dims.in_channels);
-  b.y = b.workspace + workspace_size(kRun);
+  b.y = b.workspace + workspace_size(kRun, a.dims.in_channels);
   b.pixel = b.y + (a.dtype == V::dtype ? 0 : kRun * a.dims.out_channels * 4);
   b.size = b.pixel + (a.x_stride_channel == 1 ? 0 : ceil_div(a.dims.in_channels, kLine) * 64);
   return b;
