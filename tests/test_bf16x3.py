@@ -150,7 +150,7 @@ def parts_of(t: Tensor) -> list[Tensor]:
 
 #: Around the tiles' depth of 32 and its half, and their 16 rows and columns; more than goes through tiles at a time.
 DEPTHS = (8, 16, 17, 32, 40, 48, 49, 64, 96, 128, 129, 144, 145, 240, 272, 320, 960)
-#: 1, 15, 16, 17, 31, 32, 33, 48 and 49 pixels.
+#: 1, 12 (the most that are multiplied without tiles), 13, 15, 16, 17, 31, 32, 33, 48 and 49 pixels.
 SIZES = ((1, 1), (3, 4), (1, 13), (3, 5), (4, 4), (1, 17), (31, 1), (4, 8), (3, 11), (6, 8), (7, 7))
 
 

@@ -134,8 +134,8 @@ void pack_tiles(const ConvDims& d, const float* weight, const float* bias, int p
 
 Plan tile_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
-  // Measured (csrc/TUNING.md), and flat around these values. In parts e and d take twice to three times the memory; as
-  // much of L2 as that leaves for 196 pixels of 96 to 576 hidden channels at once.
+  // Measured (csrc/TUNING.md), and flat around these values. With three parts e takes twice and d three times the
+  // memory: the larger kCache holds 196 pixels of 576 hidden channels.
   const int64_t kPixels = l.parts == 1 ? 448 : a.dims.expand ? 392 : 196;
   const int64_t kCache = (l.parts == 1 ? 768 : 1200) * 1024, kChunk = 96, e_bytes = l.parts == 1 ? 2 : 4;
   Plan p;
