@@ -585,11 +585,13 @@ struct Item {
 
   ALWAYS_INLINE int64_t ring_row(int64_t row) const { return row % b.ring_rows * b.ring_columns * kPanel; }
 
+  // Whether tiles multiply an image of so many pixels by these weights.
+  ALWAYS_INLINE bool on_tiles(int64_t pixels) const { return tame(a.packed) && pixels > kFp32Rows; }
+
   // Input rows [begin, end): where each pixel lies in a ring, and x as a product reads it.
   Pixels prepare_rows(int64_t begin, int64_t end) {
     int32_t* to = offsets;
-    const bool on_tiles = tame(a.packed) && a.height * a.width > kFp32Rows;
-    Pixels pixels = pixels_in(x_tiles, (end - begin) * a.width, a.dims.in_channels, on_tiles);
+    Pixels pixels = pixels_in(x_tiles, (end - begin) * a.width, a.dims.in_channels, on_tiles(a.height * a.width));
     for (int64_t row = begin; row < end; ++row) {
       int64_t at = ring_row(row) + a.pad_left * kPanel;
       for (int64_t c = 0; c < a.width; ++c, at += kPanel) *to++ = static_cast<int32_t>(at);
@@ -679,7 +681,7 @@ struct Item {
       Pixels pixels = {};
       if (a.dims.expand && end > begin) pixels = prepare_rows(begin, end);
       Pixels of_d = pixels_in(d_tiles, (row_end - row) * a.out_width, item.hidden_end - item.hidden_begin,
-                              tame(a.packed) && a.out_height * a.out_width > kFp32Rows);
+                              on_tiles(a.out_height * a.out_width));
       float* chunk_rings = ring;
       for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk) {
         const int64_t hidden_end = min64(hidden + plan.chunk, item.hidden_end);
