@@ -46,6 +46,9 @@ constexpr int64_t kStep = kTileRows * kRow;  // of those tiles
 constexpr int64_t kPanel = 2 * kTileRows;    // channels that are multiplied together
 constexpr int64_t kStrip = 4;                // steps of the depth that they are multiplied by, at most
 constexpr int64_t kStripNumbers = kStrip * 2 * kStep;
+// Up to so many pairs of tiles of pixels, a strip's weights are split and multiplied a step at a time: two steps of
+// them stay in L1, two strips do not, and with few pixels they are most of what is read and written.
+constexpr int64_t kFewPairs = 2;
 // Pixels that fp32 arithmetic multiplies at a time. Blocks of images with no more are faster by it than by tiles.
 constexpr int64_t kFp32Rows = 12;
 
@@ -160,29 +163,43 @@ struct Int {
   static constexpr int value = N;
 };
 
-// What a product needs besides: two strips of weights, split, and the sums of strips before; or pixels as fp32.
+// What a product needs besides: weights of two pieces of a strip, split; the sums of strips before, and those of the
+// pieces before. Or pixels as fp32.
 struct Workspace {
-  uint16_t* strips;
-  float *totals, *joined;
+  uint16_t* pieces;
+  float *totals, *begun, *joined;
 };
-static int64_t workspace_size(int64_t pixels, int64_t depth) {  // in bytes
+static int64_t sums_size(int64_t pixels) { return (pixels + kPanel) * kPanel * 4; }  // in bytes
+static int64_t workspace_size(int64_t pixels, int64_t depth) {
   const int64_t joined = kFp32Rows * ceil_div(depth, kPanel) * kPanel * 4;
-  return max64(2 * kStripNumbers * 2 + (pixels + kPanel) * kPanel * 4, joined);
+  return max64(2 * kStripNumbers * 2 + sums_size(pixels) + sums_size(kFewPairs * kPanel), joined);
 }
 static Workspace workspace_in(char* memory) {
-  return {reinterpret_cast<uint16_t*>(memory), reinterpret_cast<float*>(memory + 2 * kStripNumbers * 2),
-          reinterpret_cast<float*>(memory)};
+  auto* const begun = reinterpret_cast<float*>(memory + 2 * kStripNumbers * 2);
+  auto* const totals = begun + sums_size(kFewPairs * kPanel) / 4;
+  return {reinterpret_cast<uint16_t*>(memory), totals, begun, reinterpret_cast<float*>(memory)};
 }
 
+// What sums begin with: one row for all pixels, pitch 0; or what was summed up before, [pixel][32]; null: what is in
+// the tiles.
+struct Start {
+  const float* first;
+  int64_t pitch;  // in bytes
+};
+
 // 1 or 2 tiles of pixels by 1 or 2 of channels, on top of `start`. meanwhile() is called after each few
-// multiplications. Small products come first. second: numbers from the first tile's pixels to the second's.
+// multiplications. Small products come first. second: numbers from the first tile's pixels to the second's, `rows`
+// each.
 template <int Rows, int Columns, class Meanwhile>
-ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t second, const uint16_t* w, int64_t steps, const float* start,
-                          Meanwhile& meanwhile) {
-  load_tile<0>(start, 0);
-  if constexpr (Columns == 2) load_tile<1>(start + kTileRows, 0);
-  if constexpr (Rows == 2) load_tile<2>(start, 0);
-  if constexpr (Rows == 2 && Columns == 2) load_tile<3>(start + kTileRows, 0);
+ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t second, int64_t rows, const uint16_t* w, int64_t steps,
+                          const Start& start, Meanwhile& meanwhile) {
+  if (start.first) {
+    const float* const below = start.first + rows * start.pitch / 4;
+    load_tile<0>(start.first, start.pitch);
+    if constexpr (Columns == 2) load_tile<1>(start.first + kTileRows, start.pitch);
+    if constexpr (Rows == 2) load_tile<2>(below, start.pitch);
+    if constexpr (Rows == 2 && Columns == 2) load_tile<3>(below + kTileRows, start.pitch);
+  }
   const auto pixels = [&](int part) __attribute__((always_inline)) {
     load_tile<4>(a + part * kPart, kRow * 2);
     if constexpr (Rows == 2) load_tile<5>(a + second + part * kPart, kRow * 2);
@@ -278,7 +295,7 @@ NOINLINE void tile_product(TileShapes& shapes, const Pixels& a, const Weights& w
                            const To& to) {
   alignas(64) float sums[2][kPanel * kPanel];
   const int64_t tiles = a.tiles(), pairs = ceil_div(tiles, 2), pair = 2 * a.rows;
-  const int64_t strips = ceil_div(a.steps, kStrip);
+  const int64_t strips = ceil_div(a.steps, kStrip), piece = pairs <= kFewPairs ? 1 : kStrip;
   const auto first_step = [&](int64_t strip) { return a.steps * strip / strips; };
   shapes.set(a.rows, kPanel);
   Meanwhile<decltype(to.target(0, 0)), Strips> meanwhile;
@@ -286,51 +303,62 @@ NOINLINE void tile_product(TileShapes& shapes, const Pixels& a, const Weights& w
   meanwhile.sums = meanwhile.totals = sums[0];
   meanwhile.last = false;
   meanwhile.weights = w.first;
-  meanwhile.split_to = workspace.strips;
-  meanwhile.rows = first_step(1) * kPanel;
+  meanwhile.split_to = workspace.pieces;
+  meanwhile.rows = min64(piece, first_step(1)) * kPanel;
   meanwhile.split_rows(meanwhile.rows);
-  uint16_t *now = workspace.strips, *next = now + kStripNumbers;
+  uint16_t *now = workspace.pieces, *next = now + kStripNumbers;
   float *free = sums[0], *used = sums[1];
   for (int64_t column = 0; column < w.columns; column += 2) {
     const bool two_columns = column + 1 < w.columns;
     for (int64_t strip = 0; strip < strips; ++strip) {
-      const int64_t step = first_step(strip), steps = first_step(strip + 1) - step;
-      const int64_t following = strip + 1 < strips ? strip + 1 : 0;
-      const bool none = !following && column + 2 >= w.columns;
-      meanwhile.weights = w.at(following ? column : column + 2, first_step(following));
-      meanwhile.split_to = next;
-      meanwhile.rows = none ? 0 : (first_step(following + 1) - first_step(following)) * kPanel;
-      meanwhile.rows_a_slice = ceil_div(meanwhile.rows, pairs * steps * kSlices);
-      for (int64_t p = 0; p < pairs; ++p) {
-        const bool two = 2 * p + 1 < tiles;
-        const uint16_t* left = a.first + 2 * p * a.tile() + step * kStep;
-        float* totals = workspace.totals + p * pair * kPanel;
-        const bool first = Strips && strip == 0;
-        float* out = first ? totals : free;
-        meanwhile.pixels_a_slice = ceil_div(meanwhile.pixels, steps * kSlices);
-        const auto run = [&](auto rows, auto columns) __attribute__((always_inline)) {
-          sum_up<decltype(rows)::value, decltype(columns)::value>(left, a.tile(), now, steps,
-                                                                  strip ? kZeros : w.start(column), meanwhile);
-          store_sums<decltype(rows)::value, decltype(columns)::value>(out, a.rows);
-        };
-        if (two_columns)
-          two ? run(Int<2>(), Int<2>()) : run(Int<1>(), Int<2>());
-        else
-          two ? run(Int<2>(), Int<1>()) : run(Int<1>(), Int<1>());
-        meanwhile.finish(meanwhile.pixels);
-        if (first) continue;
-        meanwhile.target = to.target(column, p * pair);
-        meanwhile.sums = out;
-        meanwhile.totals = totals;
-        meanwhile.pixels = min64(pair, a.count - p * pair);
-        meanwhile.last = strip + 1 == strips;
-        free = used;
-        used = out;
+      const bool to_totals = Strips && strip == 0;
+      bool forward = true;
+      for (int64_t step = first_step(strip), end; step < first_step(strip + 1); step = end, forward = !forward) {
+        end = min64(step + piece, first_step(strip + 1));
+        const int64_t steps = end - step;
+        const bool begun = step > first_step(strip), done = end == first_step(strip + 1), last = end == a.steps;
+        const int64_t following = last ? 0 : done ? strip + 1 : strip, next_step = last ? 0 : end;
+        const int64_t next_steps = min64(piece, first_step(following + 1) - next_step);
+        meanwhile.weights = w.at(last ? column + 2 : column, next_step);
+        meanwhile.split_to = next;
+        meanwhile.rows = last && column + 2 >= w.columns ? 0 : next_steps * kPanel;
+        meanwhile.rows_a_slice = ceil_div(meanwhile.rows, pairs * steps * kSlices);
+        for (int64_t i = 0; i < pairs; ++i) {
+          // Back and forth: the pair of tiles that ends a piece begins the next, and its sums stay where they are.
+          const int64_t p = forward ? i : pairs - 1 - i;
+          const bool two = 2 * p + 1 < tiles, stay = !done && i + 1 == pairs;
+          const uint16_t* left = a.first + 2 * p * a.tile() + step * kStep;
+          float* const totals = workspace.totals + p * pair * kPanel;
+          float* const unfinished = workspace.begun + p * pair * kPanel;
+          const Start start = !begun ? Start{strip ? kZeros : w.start(column), 0}
+                              : i    ? Start{unfinished, kPanel * 4}
+                                     : Start{nullptr, 0};
+          float* const out = !done ? unfinished : to_totals ? totals : free;
+          meanwhile.pixels_a_slice = ceil_div(meanwhile.pixels, steps * kSlices);
+          const auto run = [&](auto rows, auto columns) __attribute__((always_inline)) {
+            constexpr int kRows = decltype(rows)::value, kColumns = decltype(columns)::value;
+            sum_up<kRows, kColumns>(left, a.tile(), a.rows, now, steps, start, meanwhile);
+            if (!stay) store_sums<kRows, kColumns>(out, a.rows);
+          };
+          if (two_columns)
+            two ? run(Int<2>(), Int<2>()) : run(Int<1>(), Int<2>());
+          else
+            two ? run(Int<2>(), Int<1>()) : run(Int<1>(), Int<1>());
+          meanwhile.finish(meanwhile.pixels);
+          if (!done || to_totals) continue;
+          meanwhile.target = to.target(column, p * pair);
+          meanwhile.sums = out;
+          meanwhile.totals = totals;
+          meanwhile.pixels = min64(pair, a.count - p * pair);
+          meanwhile.last = last;
+          free = used;
+          used = out;
+        }
+        meanwhile.split_rows(meanwhile.rows);
+        uint16_t* const multiplied = now;
+        now = next;
+        next = multiplied;
       }
-      meanwhile.split_rows(meanwhile.rows);
-      uint16_t* const done = now;
-      now = next;
-      next = done;
     }
   }
   meanwhile.finish(meanwhile.pixels);
