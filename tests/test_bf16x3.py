@@ -286,19 +286,34 @@ def test_tiny_numbers() -> None:
 # ---- Results do not depend on threads or the batch -------------------------------------------------------------------
 
 
-def test_blocks_give_the_same_bits_in_any_batch() -> None:
-    torch.set_num_threads(1)
-    for channels, size, options in (
+@pytest.mark.parametrize(
+    ("channels", "size", "options"),
+    [
         ((64, 384, 64), (14, 14), {"residual": True}),
-        ((96, 576, 160), (15, 13), {"stride": 2}),
+        ((96, 576, 160), (15, 13), {"stride": 2}),  # from here on images of few pixels, several together
         ((160, 960, 320), (7, 7), {}),
-        ((160, 960, 320), (3, 4), {}),  # few pixels: no tiles
-    ):
-        weights = make_weights(*channels)
-        for dtype in BOUNDS:
-            x = torch.randn(5, channels[0], *size).to(dtype)
-            alone = torch.cat([run(NAME, image[None], weights, **options) for image in x])
-            assert torch.equal(run(NAME, x, weights, **options), alone)
+        ((160, 950, 160), (7, 7), {"residual": True}),
+        ((64, 64, 130), (5, 6), {"residual": False}),
+        ((200, 200, 200), (4, 9), {"residual": True}),
+        ((160, 960, 320), (3, 4), {}),  # no tiles
+    ],
+    ids=str,
+)
+def test_blocks_give_the_same_bits_in_any_batch(
+    channels: tuple[int, int, int], size: tuple[int, int], options: dict[str, Any]
+) -> None:
+    torch.set_num_threads(1)
+    weights = make_weights(*channels, expand=channels[0] != channels[1])
+    for dtype in BOUNDS:
+        images = torch.randn(18, channels[0] + 3, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+        # dense, and with gaps between images and between pixels
+        for x in (images[:5, : channels[0]].clone(), images[::2, : channels[0]], images[:, : channels[0]]):
+            alone = torch.cat([run(NAME, image[None].clone(), weights, **options) for image in x])
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                if len(x) % threads == 0:
+                    assert torch.equal(run(NAME, x, weights, **options), alone)
+            torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("kind", ["convolution", "expand", "no expand"])

@@ -157,8 +157,18 @@ Plan tile_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   if (l.parts == 1) {  // no partial sums: always rows
     p.row_parts = whole_images(a, threads) ? 1 : std::max<int64_t>(std::min<int64_t>(threads, a.out_height), 1);
     p.splits = 1;
-  } else {
-    share_out(a, l, threads, &p);
+    return p;
+  }
+  share_out(a, l, threads, &p);
+  // Images of few pixels go together where a thread has several: weights are split once for all of them.
+  if (p.group_rows == a.out_height && p.row_parts * p.splits == 1) {
+    constexpr int64_t kTogether = 196, kChunkOfEach = 96;
+    const int64_t chunk = std::min(kChunkOfEach, l.hidden_padded);
+    const int64_t held = a.height * (row_of_e / l.hidden_padded * chunk) + a.out_height * row_of_d;
+    const int64_t most = std::min(kTogether / std::max<int64_t>(a.out_height * a.out_width, 1), kCache / held);
+    const int64_t groups = round_up(ceil_divide(a.batch, std::max<int64_t>(most, 1)), threads);
+    p.images = std::max<int64_t>(ceil_divide(a.batch, std::max<int64_t>(groups, 1)), 1);
+    if (p.images > 1) p.chunk = chunk;
   }
   return p;
 }

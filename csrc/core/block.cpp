@@ -45,11 +45,13 @@ struct Call {
   int64_t partial_stride;             // floats between the partial sums of two splits
   std::atomic<int64_t>* outstanding;  // splits still at work, for each image and row part
 
+  int64_t image_groups() const { return ceil_divide(args.batch, plan.images); }
   void run(int64_t index) const {
     const int64_t split = index % plan.splits, part = index / plan.splits % plan.row_parts;
-    const int64_t group = index / plan.splits;
+    const int64_t group = index / plan.splits, images = group / plan.row_parts, groups = image_groups();
     WorkItem item;
-    item.image = group / plan.row_parts;
+    item.image = args.batch * images / groups;
+    item.images = args.batch * (images + 1) / groups - item.image;
     item.row_begin = args.out_height * part / plan.row_parts;
     item.row_end = args.out_height * (part + 1) / plan.row_parts;
     const int64_t panel = layout.vector * layout.hidden_panel;
@@ -178,7 +180,7 @@ void run_block(const BlockArgs& args, Tier tier, const Plan& plan, const Paralle
   if (args.batch == 0 || args.out_height == 0 || args.out_width == 0) return;
   const TierKernels& kernels = block_kernels(args.dims, tier);
   Call call{args, packed_layout(args.dims, tier), plan, kernels, nullptr, 0, nullptr};
-  const int64_t groups = args.batch * plan.row_parts;
+  const int64_t groups = call.image_groups() * plan.row_parts;
   std::unique_ptr<std::atomic<int64_t>[]> outstanding;
   if (plan.splits > 1) {
     call.partial_stride =

@@ -102,14 +102,16 @@ struct Plan {
   int64_t group_rows;  // output rows that go through expand, depthwise and project together
   int64_t row_parts;   // an image's output rows, shared out over this many work items
   int64_t splits;      // its hidden channels, shared out: partial sums, added in fixed order by the last to finish
+  int64_t images = 1;  // that go through all this together, at most; if several, whole ones in one group of rows
 };
 
 Plan make_plan(const BlockArgs& args, const PackedLayout& layout, int threads);
 void run_block(const BlockArgs& args, Tier tier, const Plan& plan, const Parallel& parallel);
 
-// One work item: rows [row_begin, row_end) of one image, hidden channels [hidden_begin, hidden_end).
+// One work item: rows [row_begin, row_end) of `images` images from the `image`-th on, hidden channels [hidden_begin,
+// hidden_end).
 struct WorkItem {
-  int64_t image, row_begin, row_end, hidden_begin, hidden_end;
+  int64_t image, images, row_begin, row_end, hidden_begin, hidden_end;
   float* partial;  // null: write y. Else: leave the sums here, [rows * out_width][out_padded]
 };
 

@@ -518,21 +518,26 @@ static void write_rows(const float* sums, int64_t pixels, Output<Storage> output
 // ---- The block ------------------------------------------------------------------------------------------------------
 
 struct Buffers {
-  bool rings;   // e is written to rows of our own; if not, x is read as e where it lies
-  bool direct;  // project writes y
-  int64_t ring_rows, ring_columns, ring_size, ring_count;                // of 32 channels each, in numbers
+  bool rings;      // e is written to rows of our own; if not, x is read as e where it lies
+  bool direct;     // project writes y
+  int64_t images;  // at most
+  int64_t ring_rows, ring_columns, image_size, ring_size, ring_count;    // of 32 channels each, in numbers
   int64_t ring, d, d_tiles, x_tiles, workspace, y, offsets, rows, size;  // in bytes
 };
 
 static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan& plan) {
   Buffers b = {};
   const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
-  const bool own = a.dtype == V::dtype, adjoin = a.x_stride_row == a.width * a.x_stride_pixel;
+  const bool own = a.dtype == V::dtype;
+  const bool adjoin = a.x_stride_row == a.width * a.x_stride_pixel &&
+                      (plan.images == 1 || a.x_stride_image == a.height * a.x_stride_row);
   b.rings = a.dims.expand || a.dims.hidden_channels != l.hidden_padded || !own;
   b.direct = own && (!a.residual || adjoin);
   b.ring_rows = b.rings ? min64((plan.group_rows - 1) * a.stride + reach, a.height) : 0;
   b.ring_columns = max64(a.pad_left + a.width, (a.out_width - 1) * a.stride + reach);
-  b.ring_size = b.ring_rows * b.ring_columns * kPanel;
+  b.images = plan.images;
+  b.image_size = b.ring_rows * b.ring_columns * kPanel;
+  b.ring_size = b.images * b.image_size;
   // All channels' if a next group needs rows that this one expands, else a chunk's.
   const bool one_group = plan.group_rows * plan.row_parts >= a.out_height;
   b.ring_count = ceil_div(one_group ? min64(plan.chunk, l.hidden_padded) : l.hidden_padded, kPanel);
@@ -542,7 +547,7 @@ static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan&
     at += ceil_div(bytes, 64) * 64;
     return begin;
   };
-  const int64_t in_pixels = b.ring_rows * a.width, out_pixels = plan.group_rows * a.out_width;
+  const int64_t in_pixels = b.images * b.ring_rows * a.width, out_pixels = b.images * plan.group_rows * a.out_width;
   b.ring = section(b.rings ? b.ring_count * b.ring_size * 4 : 0);
   b.d = section(out_pixels * kPanel * 4);
   b.d_tiles = section(pixels_size(out_pixels, l.hidden_padded));
@@ -594,7 +599,7 @@ struct Item {
   Workspace workspace;
   int32_t* offsets;
   const float** rows;
-  const Element* x;  // this image
+  const Element* x;  // the first image
   TileShapes shapes;
 
   Item(const BlockArgs& a_, const PackedLayout& l_, const Plan& plan_, const WorkItem& item_, float* scratch)
@@ -619,13 +624,16 @@ struct Item {
   // Input rows [begin, end): where each pixel lies in a ring, and x as a product reads it.
   Pixels prepare_rows(int64_t begin, int64_t end) {
     int32_t* to = offsets;
-    Pixels pixels = pixels_in(x_tiles, (end - begin) * a.width, a.dims.in_channels, on_tiles(a.height * a.width));
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t at = ring_row(row) + a.pad_left * kPanel;
-      for (int64_t c = 0; c < a.width; ++c, at += kPanel) *to++ = static_cast<int32_t>(at);
-      split_pixels<true, Storage>(x + row * a.x_stride_row, a.x_stride_pixel, (row - begin) * a.width, a.width,
-                                  a.dims.in_channels, 0, pixels);
-    }
+    int64_t pixel = 0;
+    Pixels pixels =
+        pixels_in(x_tiles, item.images * (end - begin) * a.width, a.dims.in_channels, on_tiles(a.height * a.width));
+    for (int64_t image = 0; image < item.images; ++image)
+      for (int64_t row = begin; row < end; ++row, pixel += a.width) {
+        int64_t at = image * b.image_size + ring_row(row) + a.pad_left * kPanel;
+        for (int64_t c = 0; c < a.width; ++c, at += kPanel) *to++ = static_cast<int32_t>(at);
+        split_pixels<true, Storage>(x + image * a.x_stride_image + row * a.x_stride_row, a.x_stride_pixel, pixel,
+                                    a.width, a.dims.in_channels, 0, pixels);
+      }
     return pixels;
   }
 
@@ -636,10 +644,11 @@ struct Item {
   }
 
   // Without expand, what the depthwise pass cannot read where it lies: x as fp32, and zeros.
-  void copy_to_ring(int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end, float* to_ring) {
+  void copy_to_ring(const Element* image, int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end,
+                    float* to_ring) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t c = 0; c < a.width; ++c) {
-        const Element* from = x + row * a.x_stride_row + c * a.x_stride_pixel;
+        const Element* from = image + row * a.x_stride_row + c * a.x_stride_pixel;
         float* to = to_ring + ring_row(row) + (a.pad_left + c) * kPanel;
         for (int64_t h = hidden; h < hidden_end; h += V::width, to += V::width)
           V::store(to,
@@ -647,10 +656,11 @@ struct Item {
       }
   }
 
-  // Output rows [begin, end) of d, hidden channels [hidden, hidden_end): 32 at most.
-  void depthwise(int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end, const float* from_ring) {
+  // Output rows [begin, end) of an image's d, hidden channels [hidden, hidden_end): 32 at most.
+  void depthwise(const Element* image, int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end,
+                 const float* from_ring, float* to) {
     const int64_t k = a.dims.kernel;
-    const auto* own_x = reinterpret_cast<const float*>(x) + hidden;
+    const auto* own_x = reinterpret_cast<const float*>(image) + hidden;
     find_rows(a, begin, end, rows,
               [&](int64_t row) { return b.rings ? from_ring + ring_row(row) : own_x + row * a.x_stride_row; });
     Depthwise<ToReal<Own>> p;
@@ -667,7 +677,7 @@ struct Item {
     p.runs = (hidden_end - hidden) / V::width;
     p.weights = a.packed + l.wd + hidden * k * k;
     p.bias = a.packed + l.b2 + hidden;
-    p.out = d;
+    p.out = to;
     p.clamp = a.activation;
     depthwise_rows(p);
   }
@@ -689,17 +699,20 @@ struct Item {
                      ToY{reinterpret_cast<float*>(y), own_x, channels, a.x_stride_pixel, channels, a.final_activation});
     }
     product(shapes, pixels, w, workspace, ToY{wide_y, nullptr, channels, 0, channels, kNone});
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t at = (row - begin) * a.out_width * channels;
-      write_rows(wide_y + at, a.out_width,
-                 Output<Storage>{y + at, channels, residual ? residual + (row - begin) * a.x_stride_row : nullptr,
-                                 a.x_stride_pixel, static_cast<int>(channels), bounds(a.final_activation),
-                                 V::set(a.final_activation.lo), V::set(a.final_activation.hi)});
-    }
+    int64_t at = 0;
+    for (int64_t image = 0; image < item.images; ++image)
+      for (int64_t row = begin; row < end; ++row, at += a.out_width * channels) {
+        const Element* add = residual ? residual + image * a.x_stride_image + (row - begin) * a.x_stride_row : nullptr;
+        write_rows(
+            wide_y + at, a.out_width,
+            Output<Storage>{y + at, channels, add, a.x_stride_pixel, static_cast<int>(channels),
+                            bounds(a.final_activation), V::set(a.final_activation.lo), V::set(a.final_activation.hi)});
+      }
   }
 
   void run() {
-    if (b.rings) clear_padding(ring, b.ring_count * b.ring_rows, b.ring_columns, a.pad_left, a.width, kPanel);
+    if (b.rings)
+      clear_padding(ring, b.ring_count * b.images * b.ring_rows, b.ring_columns, a.pad_left, a.width, kPanel);
     const bool bounded = a.activation.hi < kInfinity;   // then d is tame, or NaN, which tiles keep
     int64_t held = first_input_row(a, item.row_begin);  // input rows below are in the rings
     for (int64_t row = item.row_begin; row < item.row_end; row += plan.group_rows) {
@@ -708,7 +721,8 @@ struct Item {
       held = end;
       Pixels pixels = {};
       if (a.dims.expand && end > begin) pixels = prepare_rows(begin, end);
-      Pixels of_d = pixels_in(d_tiles, (row_end - row) * a.out_width, item.hidden_end - item.hidden_begin,
+      const int64_t out_pixels = (row_end - row) * a.out_width;
+      Pixels of_d = pixels_in(d_tiles, item.images * out_pixels, item.hidden_end - item.hidden_begin,
                               on_tiles(a.out_height * a.out_width));
       float* chunk_rings = ring;
       for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk) {
@@ -717,8 +731,12 @@ struct Item {
         float* of_panel = chunk_rings;
         for (int64_t c = hidden; c < hidden_end; c += kPanel, of_panel += b.ring_size) {
           const int64_t c_end = min64(c + kPanel, hidden_end);
-          if (b.rings && !a.dims.expand) copy_to_ring(begin, end, c, c_end, of_panel);
-          depthwise(row, row_end, c, c_end, of_panel);
+          for (int64_t image = 0; image < item.images; ++image) {
+            const Element* of_image = x + image * a.x_stride_image;
+            float* of_ring = of_panel + image * b.image_size;
+            if (b.rings && !a.dims.expand) copy_to_ring(of_image, begin, end, c, c_end, of_ring);
+            depthwise(of_image, row, row_end, c, c_end, of_ring, d + image * out_pixels * kPanel);
+          }
           const auto split_d = bounded ? split_pixels<false, Own> : split_pixels<true, Own>;
           split_d(d, kPanel, 0, of_d.count, c_end - c, (c - item.hidden_begin) / kPanel, of_d);
         }
