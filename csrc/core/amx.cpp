@@ -71,7 +71,7 @@ PackedLayout tile_layout(const BlockDims& d, int parts) {
   l.real_bytes = sizeof(float);
   l.hidden_panel = l.out_panel = 2;
   l.out_pairs = 0;
-  l.hidden_padded = round_up(d.hidden_channels, parts == 1 ? 2 * kTileRows : kTileRows);
+  l.hidden_padded = round_up(d.hidden_channels, 2 * kTileRows);
   l.out_padded = round_up(d.out_channels, kTileRows);
   int64_t at = kPackedHeader;
   const auto section = [&](int64_t floats) {

@@ -23,7 +23,7 @@
 //
 //   strips  [channels / 32][depth / 32][16 of the channels][i < 16][i or 16 + i][channel]     fp32
 //
-// with hidden channels, outputs and w2's depth in their own order, hidden channels padded to 16.
+// with hidden channels, outputs and w2's depth in their own order.
 #pragma once
 
 #include "block.h"

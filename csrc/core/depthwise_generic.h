@@ -2,8 +2,8 @@
 // not be done here.
 //
 // How e is read and d is written is `Taps`' affair: Element, Result (types in memory), kParts, load<Part>(element*),
-// and store(result*, V::T), and kAnyKernel, or kernel 3 only. kParts vectors lie in one run of e: with 16-bit numbers
-// two, the even channels and the odd.
+// store<Part>(result*, V::T), and kAnyKernel, or kernel 3 only. kParts vectors lie in one run of e, say the even
+// channels and the odd of 16-bit numbers, and of each patch part 0 is stored before part 1.
 //
 // No #pragma once: included once a tier.
 
@@ -50,7 +50,10 @@ struct ToReal {
   static ALWAYS_INLINE V::T load(const Element* p) {
     return Storage::load(p);
   }
-  static ALWAYS_INLINE void store(Real* p, V::T v) { V::store(p, v); }
+  template <int>
+  static ALWAYS_INLINE void store(Real* p, V::T v) {
+    V::store(p, v);
+  }
 };
 
 // A group of output rows.
@@ -103,7 +106,8 @@ ALWAYS_INLINE void depthwise_patch(const typename Taps::Element* const* rows, in
   }
   const V::T lo = V::set(clamp.lo), hi = V::set(clamp.hi);
   UNROLL for (int y = 0; y < Height; ++y) {
-    UNROLL for (int x = 0; x < Width; ++x) Taps::store(out + y * out_row + x * out_pitch, V::clamp(acc[y][x], lo, hi));
+    UNROLL for (int x = 0; x < Width; ++x)
+        Taps::template store<Part>(out + y * out_row + x * out_pitch, V::clamp(acc[y][x], lo, hi));
   }
 }
 
@@ -123,7 +127,7 @@ ALWAYS_INLINE void depthwise_output(const Depthwise<Taps>& d, const typename Tap
       acc = V::fma(pixel, V::load(w + (dy * kernel + dx) * V::width), acc);
     }
   }
-  Taps::store(out + v * V::width, V::clamp(acc, V::set(d.clamp.lo), V::set(d.clamp.hi)));
+  Taps::template store<Part>(out + v * V::width, V::clamp(acc, V::set(d.clamp.lo), V::set(d.clamp.hi)));
 }
 template <int Kernel, class Taps>
 NOINLINE void depthwise_edge(const Depthwise<Taps>& d, int64_t begin, int64_t end) {

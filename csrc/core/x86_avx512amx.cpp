@@ -51,7 +51,10 @@ struct EvenAndOdd {
     return _mm512_castsi512_ps(Part == 0 ? _mm512_slli_epi32(both, 16)
                                          : _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
-  V_INLINE void store(uint16_t* p, V::T v) { BF16::store(p, v); }
+  template <int>
+  V_INLINE void store(uint16_t* p, V::T v) {
+    BF16::store(p, v);
+  }
 };
 #undef V_INLINE
 

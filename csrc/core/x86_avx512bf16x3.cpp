@@ -6,12 +6,10 @@
 // runs of at most kStrip * 32 products at a time. Six tiles are multiplied in less time than AVX-512 takes for one.
 //
 //   for each group of output rows
-//     split        x rows  -> tiles                                              [pixel][Cin][part]         bf16
+//     split        x rows  -> tiles                                              [Cin / 32][pixel][part]    bf16
 //     for each chunk of hidden channels
 //       expand     tiles   -> ring   (only rows the ring does not hold yet)      [32 channels][pixel][32]
-//       for each 32 of them
-//         depthwise  ring  -> d                                                  [pixel][32]
-//         split        d   -> tiles                                              [pixel][hidden][part]      bf16
+//       depthwise    ring  -> tiles  (d, split where it is computed)             [hidden / 32][pixel][part] bf16
 //     project      tiles   -> y
 //
 // Weights are fp32 in memory (amx.h has their order) and split while the tiles before them are multiplied.
@@ -75,15 +73,15 @@ ALWAYS_INLINE void split(V::T first, V::T second, uint16_t* to) {
 // Where number k of 32 lies in a row of a tile.
 ALWAYS_INLINE int64_t place(int64_t k) { return k % 16 * 2 + k / 16; }
 
-// The left matrix of a product, split: [tile][step][16 pixels][part][32]. As many pixels a tile as make all of them
-// equal. on_tiles: as tiles multiply them; else fp32_product does.
+// The left matrix of a product, split: [step][pixel][part][32]. As many pixels a tile as make all of them equal.
+// on_tiles: as tiles multiply them; else fp32_product does.
 struct Pixels {
   uint16_t* first;
   int64_t count, rows, steps;
   bool on_tiles;
-  ALWAYS_INLINE int64_t tile() const { return steps * kStep; }
   ALWAYS_INLINE int64_t tiles() const { return count ? ceil_div(count, rows) : 0; }
-  ALWAYS_INLINE uint16_t* row(int64_t pixel) const { return first + pixel / rows * tile() + pixel % rows * kRow; }
+  ALWAYS_INLINE int64_t step() const { return ceil_div(count, kTileRows) * kStep; }  // numbers of a step of all pixels
+  ALWAYS_INLINE uint16_t* row(int64_t pixel, int64_t step_) const { return first + step_ * step() + pixel * kRow; }
 };
 static ALWAYS_INLINE bool tame(const float* packed) { return !reinterpret_cast<const PackedHeader*>(packed)->wild; }
 static Pixels pixels_in(uint16_t* memory, int64_t count, int64_t depth, bool on_tiles) {
@@ -95,52 +93,86 @@ static int64_t pixels_size(int64_t count, int64_t depth) {  // in bytes
 
 // Numbers that tiles cannot multiply, as what `fp32_product` reads: infinities and NaN as they are, in one part.
 template <class Storage>
-static __attribute__((noinline)) void split_wild(const typename Storage::Element* x, int64_t channels, uint16_t* to) {
+static __attribute__((noinline)) void split_wild(const typename Storage::Element* x, int64_t channels, uint16_t* to,
+                                                 int64_t step) {
   for (int64_t k = 0; k < channels; ++k) {
     uint32_t bits;
     const float v = Storage::load_one(x + k);
     __builtin_memcpy(&bits, &v, sizeof bits);
     if ((bits & 0x7f800000) != 0x7f800000) continue;
-    uint16_t* at = to + k / kPanel * kStep + place(k % kPanel);
+    uint16_t* at = to + k / kPanel * step + place(k % kPanel);
     at[0] = static_cast<uint16_t>(bits & 0x7fffff ? 0x7fc0 : bits >> 16);
     at[kPart] = at[2 * kPart] = 0;
   }
 }
 
-// `count` pixels from the `first`-th on, channels that begin with the `step`-th 32. Check: whether they are tame.
-template <bool Check, class Storage>
+// NaN once a vector has held what tiles cannot multiply: from kTooLarge on a number becomes infinite, and an infinity
+// times zero NaN.
+ALWAYS_INLINE V::T wild(V::T sum, V::T v) {
+  return V::fma(_mm512_mul_ps(v, V::set(0x1p128 / kTooLarge)), V::set(0), sum);
+}
+ALWAYS_INLINE bool is_nan(V::T v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
+
+// `count` pixels of x from the `first`-th on.
+template <class Storage>
 static void split_pixels(const typename Storage::Element* x, int64_t pitch, int64_t first, int64_t count,
-                         int64_t channels, int64_t step, Pixels& to) {
-  // From kTooLarge on that becomes infinite, and an infinity times zero NaN.
-  const V::T large = V::set(0x1p128 / kTooLarge), zero = V::set(0);
+                         int64_t channels, Pixels& to) {
+  const V::T zero = V::set(0);
   const int rest = static_cast<int>(channels % kPanel), low = rest < 16 ? rest : 16, high = rest - low;
-  const auto wild = [&](V::T sum, V::T v)
-                        __attribute__((always_inline)) { return V::fma(_mm512_mul_ps(v, large), zero, sum); };
-  int64_t in_tile = first % to.rows;
-  uint16_t* row = to.row(first) + step * kStep;
-  for (int64_t p = 0; p < count; ++p, x += pitch) {
+  const int64_t step = to.step();
+  uint16_t* row = to.row(first, 0);
+  for (int64_t p = 0; p < count; ++p, x += pitch, row += kRow) {
     V::T sum = zero;
     uint16_t* at = row;
     const typename Storage::Element* from = x;
-    for (int64_t s = channels / kPanel; s > 0; --s, from += kPanel, at += kStep) {
+    for (int64_t s = channels / kPanel; s > 0; --s, from += kPanel, at += step) {
       const V::T a = Storage::load(from), b = Storage::load(from + V::width);
-      if (Check) sum = wild(wild(sum, a), b);
+      sum = wild(wild(sum, a), b);
       split(a, b, at);
     }
     if (rest) {
       const V::T a = Storage::load(from, low), b = high ? Storage::load(from + V::width, high) : zero;
-      if (Check) sum = wild(wild(sum, a), b);
+      sum = wild(wild(sum, a), b);
       split(a, b, at);
     }
-    if (Check && _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q)) {
+    if (is_nan(sum)) {
       to.on_tiles = false;
-      split_wild<Storage>(x, channels, row);
+      split_wild<Storage>(x, channels, row, step);
     }
-    row += kRow;
-    if (++in_tile == to.rows) {
-      in_tile = 0;
-      row += to.tile() - to.rows * kRow;
-    }
+  }
+}
+
+// d, split where it is computed: of 32 channels the first 16 wait in the row until the others are there.
+struct ToTiles {
+  using Element = float;
+  using Result = uint16_t;
+  static constexpr int kParts = 2;
+  static constexpr bool kAnyKernel = true;
+  template <int Part>
+  static ALWAYS_INLINE V::T load(const float* p) {
+    return V::load(p + Part * V::width);
+  }
+  template <int Part>
+  static ALWAYS_INLINE void store(uint16_t* p, V::T v) {
+    uint16_t* const row = p - Part * V::width;
+    float* const waiting = reinterpret_cast<float*>(row);
+    if (Part == 0)
+      V::store(waiting, v);
+    else
+      split(V::load(waiting), v, row);
+  }
+};
+
+// A step of all pixels, split already. Arithmetic gives no NaN whose first part is not one.
+static void find_wild(Pixels& pixels, int64_t step) {
+  uint16_t* row = pixels.row(0, step);
+  for (int64_t p = 0; p < pixels.count; ++p, row += kRow) {
+    const __m512i pairs = _mm512_loadu_si512(row), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const V::T first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    if (!is_nan(wild(wild(V::set(0), first), _mm512_castsi512_ps(_mm512_and_si512(pairs, upper))))) continue;
+    pixels.on_tiles = false;
+    for (int64_t k = 0; k < kPart; ++k)
+      if ((row[k] & 0x7f80) == 0x7f80) row[k + kPart] = row[k + 2 * kPart] = 0;
   }
 }
 
@@ -188,10 +220,9 @@ struct Start {
 };
 
 // 1 or 2 tiles of pixels by 1 or 2 of channels, on top of `start`. meanwhile() is called after each few
-// multiplications. Small products come first. second: numbers from the first tile's pixels to the second's, `rows`
-// each.
+// multiplications. Small products come first. A tile has `rows` pixels; step: numbers from a step's to the next's.
 template <int Rows, int Columns, class Meanwhile>
-ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t second, int64_t rows, const uint16_t* w, int64_t steps,
+ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t rows, int64_t step, const uint16_t* w, int64_t steps,
                           const Start& start, Meanwhile& meanwhile) {
   if (start.first) {
     const float* const below = start.first + rows * start.pitch / 4;
@@ -202,7 +233,7 @@ ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t second, int64_t rows, const
   }
   const auto pixels = [&](int part) __attribute__((always_inline)) {
     load_tile<4>(a + part * kPart, kRow * 2);
-    if constexpr (Rows == 2) load_tile<5>(a + second + part * kPart, kRow * 2);
+    if constexpr (Rows == 2) load_tile<5>(a + rows * kRow + part * kPart, kRow * 2);
   };
   const auto weights = [&](int part) __attribute__((always_inline)) {
     load_tile<6>(w + part * kPart, kRow * 2);
@@ -217,7 +248,7 @@ ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t second, int64_t rows, const
     }
     meanwhile();
   };
-  for (; steps > 0; --steps, a += kStep, w += 2 * kStep) {
+  for (; steps > 0; --steps, a += step, w += 2 * kStep) {
     pixels(2);
     weights(0);
     multiply();
@@ -327,7 +358,7 @@ NOINLINE void tile_product(TileShapes& shapes, const Pixels& a, const Weights& w
           // Back and forth: the pair of tiles that ends a piece begins the next, and its sums stay where they are.
           const int64_t p = forward ? i : pairs - 1 - i;
           const bool two = 2 * p + 1 < tiles, stay = !done && i + 1 == pairs;
-          const uint16_t* left = a.first + 2 * p * a.tile() + step * kStep;
+          const uint16_t* left = a.row(p * pair, step);
           float* const totals = workspace.totals + p * pair * kPanel;
           float* const unfinished = workspace.begun + p * pair * kPanel;
           const Start start = !begun ? Start{strip ? kZeros : w.start(column), 0}
@@ -337,7 +368,7 @@ NOINLINE void tile_product(TileShapes& shapes, const Pixels& a, const Weights& w
           meanwhile.pixels_a_slice = ceil_div(meanwhile.pixels, steps * kSlices);
           const auto run = [&](auto rows, auto columns) __attribute__((always_inline)) {
             constexpr int kRows = decltype(rows)::value, kColumns = decltype(columns)::value;
-            sum_up<kRows, kColumns>(left, a.tile(), a.rows, now, steps, start, meanwhile);
+            sum_up<kRows, kColumns>(left, a.rows, a.step(), now, steps, start, meanwhile);
             if (!stay) store_sums<kRows, kColumns>(out, a.rows);
           };
           if (two_columns)
@@ -436,7 +467,7 @@ NOINLINE void fp32_product(const Pixels& a, const Weights& w, const Workspace& w
     const int64_t first = a.count * pass / passes, end = a.count * (pass + 1) / passes;
     float* joined = workspace.joined;
     for (int64_t p = first; p < end; ++p)
-      for (int64_t step = 0; step < a.steps; ++step, joined += kPanel) join(a.row(p) + step * kStep, joined);
+      for (int64_t step = 0; step < a.steps; ++step, joined += kPanel) join(a.row(p, step), joined);
     fp32_rows<kFp32Rows>(end - first, workspace.joined, first, a.steps, w, to);
   }
 }
@@ -521,8 +552,8 @@ struct Buffers {
   bool rings;      // e is written to rows of our own; if not, x is read as e where it lies
   bool direct;     // project writes y
   int64_t images;  // at most
-  int64_t ring_rows, ring_columns, image_size, ring_size, ring_count;    // of 32 channels each, in numbers
-  int64_t ring, d, d_tiles, x_tiles, workspace, y, offsets, rows, size;  // in bytes
+  int64_t ring_rows, ring_columns, image_size, ring_size, ring_count;  // of 32 channels each, in numbers
+  int64_t ring, d_tiles, x_tiles, workspace, y, offsets, rows, size;   // in bytes
 };
 
 static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan& plan) {
@@ -549,7 +580,6 @@ static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan&
   };
   const int64_t in_pixels = b.images * b.ring_rows * a.width, out_pixels = b.images * plan.group_rows * a.out_width;
   b.ring = section(b.rings ? b.ring_count * b.ring_size * 4 : 0);
-  b.d = section(out_pixels * kPanel * 4);
   b.d_tiles = section(pixels_size(out_pixels, l.hidden_padded));
   b.x_tiles = section(a.dims.expand ? pixels_size(in_pixels, a.dims.in_channels) : 0);
   b.workspace = section(workspace_size(max64(in_pixels, out_pixels), max64(a.dims.in_channels, l.hidden_padded)));
@@ -594,7 +624,7 @@ struct Item {
   const Plan& plan;
   const WorkItem& item;
   const Buffers b;
-  float *ring, *d, *wide_y;
+  float *ring, *wide_y;
   uint16_t *d_tiles, *x_tiles;
   Workspace workspace;
   int32_t* offsets;
@@ -606,7 +636,6 @@ struct Item {
       : a(a_), l(l_), plan(plan_), item(item_), b(buffers_of(a_, l_, plan_)) {
     char* memory = reinterpret_cast<char*>(scratch);
     ring = reinterpret_cast<float*>(memory + b.ring);
-    d = reinterpret_cast<float*>(memory + b.d);
     wide_y = reinterpret_cast<float*>(memory + b.y);
     d_tiles = reinterpret_cast<uint16_t*>(memory + b.d_tiles);
     x_tiles = reinterpret_cast<uint16_t*>(memory + b.x_tiles);
@@ -631,8 +660,8 @@ struct Item {
       for (int64_t row = begin; row < end; ++row, pixel += a.width) {
         int64_t at = image * b.image_size + ring_row(row) + a.pad_left * kPanel;
         for (int64_t c = 0; c < a.width; ++c, at += kPanel) *to++ = static_cast<int32_t>(at);
-        split_pixels<true, Storage>(x + image * a.x_stride_image + row * a.x_stride_row, a.x_stride_pixel, pixel,
-                                    a.width, a.dims.in_channels, 0, pixels);
+        split_pixels<Storage>(x + image * a.x_stride_image + row * a.x_stride_row, a.x_stride_pixel, pixel, a.width,
+                              a.dims.in_channels, pixels);
       }
     return pixels;
   }
@@ -644,37 +673,36 @@ struct Item {
   }
 
   // Without expand, what the depthwise pass cannot read where it lies: x as fp32, and zeros.
-  void copy_to_ring(const Element* image, int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end,
-                    float* to_ring) {
+  void copy_to_ring(const Element* image, int64_t begin, int64_t end, int64_t hidden, float* to_ring) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t c = 0; c < a.width; ++c) {
         const Element* from = image + row * a.x_stride_row + c * a.x_stride_pixel;
         float* to = to_ring + ring_row(row) + (a.pad_left + c) * kPanel;
-        for (int64_t h = hidden; h < hidden_end; h += V::width, to += V::width)
+        for (int64_t h = hidden; h < hidden + kPanel; h += V::width, to += V::width)
           V::store(to,
                    Storage::load(from + h, static_cast<int>(max64(min64(a.dims.hidden_channels - h, V::width), 0))));
       }
   }
 
-  // Output rows [begin, end) of an image's d, hidden channels [hidden, hidden_end): 32 at most.
-  void depthwise(const Element* image, int64_t begin, int64_t end, int64_t hidden, int64_t hidden_end,
-                 const float* from_ring, float* to) {
+  // Output rows [begin, end) of an image's d, 32 hidden channels.
+  void depthwise(const Element* image, int64_t begin, int64_t end, int64_t hidden, const float* from_ring,
+                 uint16_t* to) {
     const int64_t k = a.dims.kernel;
     const auto* own_x = reinterpret_cast<const float*>(image) + hidden;
     find_rows(a, begin, end, rows,
               [&](int64_t row) { return b.rings ? from_ring + ring_row(row) : own_x + row * a.x_stride_row; });
-    Depthwise<ToReal<Own>> p;
+    Depthwise<ToTiles> p;
     p.rows = rows;
     p.group = end - begin;
     p.pitch = b.rings ? kPanel : a.x_stride_pixel;
     p.first_column = b.rings ? 0 : -a.pad_left;  // a ring has its padding columns
     p.width = b.rings ? b.ring_columns : a.width;
-    p.out_pitch = kPanel;
+    p.out_pitch = kRow;
     p.out_width = a.out_width;
     p.kernel = k;
     p.stride = a.stride;
     p.dilation = a.dilation;
-    p.runs = (hidden_end - hidden) / V::width;
+    p.runs = 1;
     p.weights = a.packed + l.wd + hidden * k * k;
     p.bias = a.packed + l.b2 + hidden;
     p.out = to;
@@ -730,15 +758,14 @@ struct Item {
         if (pixels.count) expand(pixels, hidden, hidden_end, chunk_rings);
         float* of_panel = chunk_rings;
         for (int64_t c = hidden; c < hidden_end; c += kPanel, of_panel += b.ring_size) {
-          const int64_t c_end = min64(c + kPanel, hidden_end);
+          const int64_t step = (c - item.hidden_begin) / kPanel;
           for (int64_t image = 0; image < item.images; ++image) {
             const Element* of_image = x + image * a.x_stride_image;
             float* of_ring = of_panel + image * b.image_size;
-            if (b.rings && !a.dims.expand) copy_to_ring(of_image, begin, end, c, c_end, of_ring);
-            depthwise(of_image, row, row_end, c, c_end, of_ring, d + image * out_pixels * kPanel);
+            if (b.rings && !a.dims.expand) copy_to_ring(of_image, begin, end, c, of_ring);
+            depthwise(of_image, row, row_end, c, of_ring, of_d.row(image * out_pixels, step));
           }
-          const auto split_d = bounded ? split_pixels<false, Own> : split_pixels<true, Own>;
-          split_d(d, kPanel, 0, of_d.count, c_end - c, (c - item.hidden_begin) / kPanel, of_d);
+          if (!bounded) find_wild(of_d, step);
         }
         if (b.ring_count * kPanel >= l.hidden_padded) chunk_rings = of_panel;
       }
@@ -786,7 +813,7 @@ struct ConvWork {
     const int64_t channels = a.dims.in_channels;
     const bool adjoin = a.x_stride_row == a.width * a.x_stride_pixel && a.x_stride_image == a.height * a.x_stride_row;
     if (is_pointwise(a) && adjoin && a.x_stride_channel == 1)
-      return split_pixels<true, Storage>(x + first * a.x_stride_pixel, a.x_stride_pixel, 0, to.count, channels, 0, to);
+      return split_pixels<Storage>(x + first * a.x_stride_pixel, a.x_stride_pixel, 0, to.count, channels, to);
     auto* gathered = reinterpret_cast<Element*>(memory + b.pixel);
     for (int64_t p = 0; p < to.count; ++p) {
       const int64_t line = (first + p) / a.out_width, row = line % a.out_height * a.stride - a.pad_top;
@@ -799,9 +826,9 @@ struct ConvWork {
         from = gathered;
       }
       if (inside)
-        split_pixels<true, Storage>(from, 0, p, 1, channels, 0, to);
+        split_pixels<Storage>(from, 0, p, 1, channels, to);
       else
-        split_pixels<false, Own>(kZeros, 0, p, 1, 1, 0, to);
+        split_pixels<Own>(kZeros, 0, p, 1, 1, to);
     }
   }
 
