@@ -70,6 +70,12 @@ ALWAYS_INLINE void split(V::T first, V::T second, uint16_t* to) {
     second = behind_first_8_bits(second);
   }
 }
+// Back from such a line to two vectors.
+ALWAYS_INLINE void load_pairs(const uint16_t* from, V::T* first, V::T* second) {
+  const __m512i pairs = _mm512_loadu_si512(from), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  *first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  *second = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+}
 // Where number k of 32 lies in a row of a tile.
 ALWAYS_INLINE int64_t place(int64_t k) { return k % 16 * 2 + k / 16; }
 
@@ -167,9 +173,9 @@ struct ToTiles {
 static void find_wild(Pixels& pixels, int64_t step) {
   uint16_t* row = pixels.row(0, step);
   for (int64_t p = 0; p < pixels.count; ++p, row += kRow) {
-    const __m512i pairs = _mm512_loadu_si512(row), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    const V::T first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    if (!is_nan(wild(wild(V::set(0), first), _mm512_castsi512_ps(_mm512_and_si512(pairs, upper))))) continue;
+    V::T first, second;
+    load_pairs(row, &first, &second);
+    if (!is_nan(wild(wild(V::set(0), first), second))) continue;
     pixels.on_tiles = false;
     for (int64_t k = 0; k < kPart; ++k)
       if ((row[k] & 0x7f80) == 0x7f80) row[k + kPart] = row[k + 2 * kPart] = 0;
@@ -276,7 +282,7 @@ ALWAYS_INLINE void store_sums(float* sums, int64_t rows) {
 }
 
 // What the vector units do while tiles are multiplied, in slices: finished sums go to where they belong, the next
-// strip's weights are split, the lines of those behind it fetched. Strips: there are several, whose sums add up.
+// piece's weights are split, the lines of those behind it fetched. Strips: there are several, whose sums add up.
 template <class Target, bool Strips>
 struct Meanwhile {
   Target target;
@@ -402,14 +408,13 @@ NOINLINE void tile_product(TileShapes& shapes, const Pixels& a, const Weights& w
 
 // A row of three tiles -> the 32 numbers that it was.
 ALWAYS_INLINE void join(const uint16_t* from, float* to) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   V::T first, second;
-  UNROLL for (int part = 0; part < 3; ++part) {
-    const __m512i pairs = _mm512_loadu_si512(from + part * kPart);
-    const V::T a = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    const V::T b = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
-    first = part ? V::add(first, a) : a;
-    second = part ? V::add(second, b) : b;
+  load_pairs(from, &first, &second);
+  UNROLL for (int part = 1; part < 3; ++part) {
+    V::T a, b;
+    load_pairs(from + part * kPart, &a, &b);
+    first = V::add(first, a);
+    second = V::add(second, b);
   }
   V::store(to, first);
   V::store(to + V::width, second);
