@@ -135,12 +135,14 @@ struct Block {
     a.c3 = filled(out, 0.1f);
     double *sum = doubles(hidden), *product = doubles(hidden);
     add(TrainPhase::finish_backward, 0, [&](TrainArgs& p) { p.sum = sum, p.sum_product = product; });
-    float* gw2 = memory(hidden * out);
+    float *gw2 = memory(hidden * out), *g2 = nullptr;
+    if (keeps_g2(a.dims)) g2 = memory(a.batch * a.out_height * a.out_width * hidden);
     add(TrainPhase::project_backward, 2 * project,
-        [&](TrainArgs& p) { p.gw2 = gw2, p.sum = sum, p.sum_product = product; });
+        [&](TrainArgs& p) { p.gw2 = gw2, p.g2_out = g2, p.sum = sum, p.sum_product = product; });
+    a.g2 = g2;
     const int64_t size = a.batch * a.height * a.width * in;
     float *g = memory(size), *t = memory(hidden * in), *gwd = memory(hidden * 9);
-    add(TrainPhase::depthwise_backward, 3 * expand + 2 * depthwise + project, [&](TrainArgs& p) {
+    add(TrainPhase::depthwise_backward, 3 * expand + 2 * depthwise + (g2 ? 0 : project), [&](TrainArgs& p) {
       p.g_out = g, p.gwd = gwd;
       if (a.dims.expand) p.t = t, p.sum = sum;
     });

@@ -305,12 +305,13 @@ void check_needs(const std::vector<bool>& needs) {
   check(needs.size() == 2, "needs must have 2 elements, got ", needs.size());
 }
 
-std::tuple<Tensor, Tensor, Tensor> train_project_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3,
-                                                          Tensor b3, Tensor c3, std::string final_activation, Tensor x,
-                                                          OptionalTensor d, OptionalTensor w1, OptionalTensor b1,
-                                                          Tensor wd, Tensor scale2, Tensor shift2, Tensor w2,
-                                                          int64_t stride, int64_t padding, int64_t dilation,
-                                                          std::string activation, std::vector<bool> needs) {
+// *g2: what of the way back train_depthwise_backward need not compute again, if it is asked for.
+std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3,
+                                                    Tensor b3, Tensor c3, std::string final_activation, Tensor x,
+                                                    OptionalTensor d, OptionalTensor w1, OptionalTensor b1, Tensor wd,
+                                                    Tensor scale2, Tensor shift2, Tensor w2, int64_t stride,
+                                                    int64_t padding, int64_t dilation, std::string activation,
+                                                    std::vector<bool> needs, OptionalTensor* g2) {
   check_needs(needs);
   Phase p(TrainPhase::project_backward);
   p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
@@ -321,15 +322,29 @@ std::tuple<Tensor, Tensor, Tensor> train_project_backward(Tensor gy, Tensor z, T
   Tensor gw2 = needs[0] ? result({out, hidden}, {hidden, 1}, ScalarType::Float, &p.a.gw2) : none(ScalarType::Float);
   Tensor sum = needs[1] ? doubles(hidden, &p.a.sum) : none(ScalarType::Double);
   Tensor product = needs[1] ? doubles(hidden, &p.a.sum_product) : none(ScalarType::Double);
+  if (g2 && mbv2::keeps_g2(p.a.dims)) {
+    void* pointer;
+    *g2 = p.new_image(hidden, p.a.out_height, p.a.out_width, ScalarType::Float, &pointer);
+    p.a.g2_out = static_cast<float*>(pointer);
+  }
   if (needs[0] || needs[1]) p.run();
   return {gw2, sum, product};
 }
+std::tuple<Tensor, Tensor, Tensor> train_project_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3,
+                                                          Tensor b3, Tensor c3, std::string final_activation, Tensor x,
+                                                          OptionalTensor d, OptionalTensor w1, OptionalTensor b1,
+                                                          Tensor wd, Tensor scale2, Tensor shift2, Tensor w2,
+                                                          int64_t stride, int64_t padding, int64_t dilation,
+                                                          std::string activation, std::vector<bool> needs) {
+  return project_backward(gy, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1, b1, wd, scale2, shift2, w2,
+                          stride, padding, dilation, activation, needs, nullptr);
+}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> train_depthwise_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(
     Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3, Tensor b3, Tensor c3, std::string final_activation,
     Tensor x, OptionalTensor d, OptionalTensor w1, OptionalTensor b1, Tensor wd, Tensor scale2, Tensor shift2,
     Tensor a2, Tensor b2, Tensor c2, Tensor w2, int64_t stride, int64_t padding, int64_t dilation,
-    std::string activation, std::vector<bool> needs) {
+    std::string activation, std::vector<bool> needs, const OptionalTensor& g2) {
   check_needs(needs);
   Phase p(TrainPhase::depthwise_backward);
   p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
@@ -340,6 +355,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_depthwise_backward(
   p.a.a2 = p.floats("a2", a2, {hidden});
   p.a.b2 = p.floats("b2", b2, {hidden});
   p.a.c2 = p.floats("c2", c2, {hidden});
+  if (g2) p.a.g2 = static_cast<const float*>(g2->const_data_ptr());
   Tensor g = none(ScalarType::Float), t = none(ScalarType::Float), gwd = none(ScalarType::Float);
   Tensor sum = none(ScalarType::Double);
   if (needs[0]) {
@@ -357,6 +373,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_depthwise_backward(
   }
   if (needs[0] || needs[1]) p.run();
   return {g, gwd, t, sum};
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_depthwise_backward(
+    Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3, Tensor b3, Tensor c3, std::string final_activation,
+    Tensor x, OptionalTensor d, OptionalTensor w1, OptionalTensor b1, Tensor wd, Tensor scale2, Tensor shift2,
+    Tensor a2, Tensor b2, Tensor c2, Tensor w2, int64_t stride, int64_t padding, int64_t dilation,
+    std::string activation, std::vector<bool> needs) {
+  return depthwise_backward(gy, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1, b1, wd, scale2, shift2, a2,
+                            b2, c2, w2, stride, padding, dilation, activation, needs, std::nullopt);
 }
 
 Tensor train_input_backward(Tensor g, Tensor x, OptionalTensor m, OptionalTensor c0, OptionalTensor gy) {
@@ -753,18 +777,21 @@ BlockGradients train_block_gradients(Tensor grad_given, Tensor x_given, Optional
     else if (rounded)
       d = std::get<0>(train_depthwise(x, w1, b1, depthwise.weight, stride, padding, dilation, activation, true));
     const bool need_sums = any(6, 9) || (!depthwise.fixed() && (below_depthwise || need_wd));
+    // Where d is not there, which is for the sake of memory, neither is g2, which is as large.
+    const bool keep_g2 = d && (below_depthwise || need_wd);
+    OptionalTensor g2;
     if (need_w2 || need_sums) {
-      const auto [gw2, g, gd] = train_project_backward(grad, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1,
-                                                       b1, depthwise.weight, scale2, shift2, project.weight, stride,
-                                                       padding, dilation, activation, {need_w2, need_sums});
+      const auto [gw2, g, gd] = project_backward(grad, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1, b1,
+                                                 depthwise.weight, scale2, shift2, project.weight, stride, padding,
+                                                 dilation, activation, {need_w2, need_sums}, keep_g2 ? &g2 : nullptr);
       grads[9] = gw2;
       if (need_sums) through2 = through(depthwise, g, gd, 6);
     }
     if (below_depthwise || need_wd) {
       const auto& [a2, b2, c2] = through2;
-      const auto [g, gwd, t, sum_g] = train_depthwise_backward(
+      const auto [g, gwd, t, sum_g] = depthwise_backward(
           grad, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1, b1, depthwise.weight, scale2, shift2, a2, b2,
-          c2, project.weight, stride, padding, dilation, activation, {below_depthwise, need_wd});
+          c2, project.weight, stride, padding, dilation, activation, {below_depthwise, need_wd}, g2);
       grads[5] = gwd;
       OptionalTensor m, c0;
       if (expand && below_depthwise) {

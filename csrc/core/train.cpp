@@ -70,7 +70,7 @@ struct Packing {
     l.expand_backward = add({a.g_out ? a.w1 : nullptr, in, hidden, 1, in, l.in_padded, in_panel, nullptr});
     l.depthwise = add({needs_e ? a.wd : nullptr, hidden, taps, taps, 1, l.hidden_padded, vector, nullptr});
     if (is_backward(a.phase))
-      l.project_backward = add({a.w2, hidden, out, 1, hidden, l.hidden_padded, hidden_panel, nullptr});
+      l.project_backward = add({a.g2 ? nullptr : a.w2, hidden, out, 1, hidden, l.hidden_padded, hidden_panel, nullptr});
     else
       l.project = add({a.w2, out, hidden, hidden, 1, l.out_padded, l.out_panel * vector, nullptr});
     l.input = add({a.m, in, in, in, 1, l.in_padded, in_panel, nullptr});

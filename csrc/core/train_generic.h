@@ -587,9 +587,10 @@ static TrainBuffers train_buffers(const TrainArgs& a, const TrainLayout& l, cons
   const bool is_project = a.phase == TrainPhase::project, is_depthwise = a.phase == TrainPhase::depthwise;
   b.d = section(b.keeps_d ? 0 : pixels);
   b.h = section(is_depthwise || b.backward ? 0 : (is_project ? panels : 1) * pixels);
-  b.gh = section(is_depthwise || is_project ? 0 : pixels);
+  const bool needs_gh = !is_depthwise && !is_project && !a.g2;
+  b.gh = section(needs_gh ? pixels : 0);
   b.g1 = section(b.backward ? p.group_rows * a.width * p.chunk : 0);
-  b.gz = section(is_depthwise || is_project ? 0 : b.out_rows * a.out_width * l.out_padded);
+  b.gz = section(needs_gh ? b.out_rows * a.out_width * l.out_padded : 0);
   b.z = section(is_project ? b.out_rows * a.out_width * l.out_padded : 0);
   b.ring = section(b.ring_rows * b.columns * p.chunk);
   b.g_ring = section(b.g_rows * b.g_columns * p.chunk);
@@ -836,8 +837,22 @@ struct TrainWork {
            });
   }
 
-  // d and gh -> h, and the sums of g2 and g2 d.
+  // d and gh -> h, the sums of g2 and g2 d, and g2 if it is kept.
   void project_backward_sums(int64_t pixel, int64_t pixels, const Panel& panel) {
+    if (!a.g2_out)
+      return project_backward_pass(pixel, pixels, panel,
+                                   [](const auto&, int64_t, int, V::T) __attribute__((always_inline)) {});
+    float* to = a.g2_out + pixel * hidden_channels + panel.hidden;
+    write_pixels(to, hidden_channels, pixels_of_d(), [&](auto store) __attribute__((always_inline)) {
+      project_backward_pass(pixel, pixels, panel,
+                            [&](const auto& lanes, int64_t p, int v, V::T g) __attribute__((always_inline)) {
+                              store(lanes, to + p * hidden_channels, v, g, panel.next);
+                            });
+    });
+  }
+  // keep(lanes of the panel, pixel, vector, g2)
+  template <class Keep>
+  ALWAYS_INLINE void project_backward_pass(int64_t pixel, int64_t pixels, const Panel& panel, const Keep& keep) {
     const float* gh = scratch + b.gh;
     float* h = scratch + b.h;
     const int64_t h_pitch = plan.pitch;
@@ -847,6 +862,7 @@ struct TrainWork {
            [&](auto vectors, auto d, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
              constexpr int kVectors = decltype(vectors)::count;
              const Values<kVectors> scale(packed + l.scale2 + panel.hidden), shift(packed + l.shift2 + panel.hidden);
+             const PanelLanes<F32, kVectors> lanes_of_g(hidden_channels - panel.hidden);
              for_runs(pixels, [&](int64_t first, int64_t run) __attribute__((always_inline)) {
                PixelSums<kVectors> sum, product;
                for_pixels(vectors, run, [&](int64_t at, int part) __attribute__((always_inline)) {
@@ -858,6 +874,7 @@ struct TrainWork {
                    V::store(h + p * h_pitch + v * V::width, V::clamp(before, lowest, highest));
                    sum.add(part, v, g);
                    product.add_product(part, v, g, value);
+                   keep(lanes_of_g, p, v, g);
                  }
                });
                sum.add_to(item.sums + panel.hidden);
@@ -866,24 +883,36 @@ struct TrainWork {
            });
   }
 
-  // d and gh -> gd: a row of it, into its ring; `at`: the row's first pixel in scratch.
+  // d and gh, or g2 -> gd: a row of it, into its ring; `at`: the row's first pixel in scratch.
   void normalise_backward(int64_t pixel, int64_t at, const Panel& panel, float* gd) {
     const float* gh = scratch + b.gh + at * plan.pitch;
+    const float* g2 = a.g2 + pixel * hidden_channels + panel.hidden;
     const int64_t pixels = a.out_width, h_pitch = plan.pitch;
     const Open through = open;
     with_d(pixel, at, panel,
            [&](auto vectors, auto d, int64_t pitch, auto lanes, int64_t next) __attribute__((always_inline)) {
              constexpr int kVectors = decltype(vectors)::count;
-             const Values<kVectors> scale(packed + l.scale2 + panel.hidden), shift(packed + l.shift2 + panel.hidden);
              const Values<kVectors> wg(packed + l.a2 + panel.hidden), wd(packed + l.b2 + panel.hidden);
              const Values<kVectors> w(packed + l.c2 + panel.hidden);
-             for (int64_t p = 0; p < pixels; ++p) UNROLL for (int v = 0; v < kVectors; ++v) {
-                 fetch(d + p * pitch + v * V::width + next);
-                 const V::T value = lanes.load(d + p * pitch, v);
-                 const V::T g =
-                     through.keep(V::load(gh + p * h_pitch + v * V::width), V::fma(value, scale[v], shift[v]));
-                 V::store(gd + p * h_pitch + v * V::width, V::fma(wg[v], g, V::fma(wd[v], value, w[v])));
-               }
+             const auto pass = [&](const auto& gradient) __attribute__((always_inline)) {
+               for (int64_t p = 0; p < pixels; ++p) UNROLL for (int v = 0; v < kVectors; ++v) {
+                   fetch(d + p * pitch + v * V::width + next);
+                   const V::T value = lanes.load(d + p * pitch, v);
+                   const V::T g = gradient(p, v, value);
+                   V::store(gd + p * h_pitch + v * V::width, V::fma(wg[v], g, V::fma(wd[v], value, w[v])));
+                 }
+             };
+             if (a.g2) {
+               const PanelLanes<F32, kVectors> lanes_of_g(hidden_channels - panel.hidden);
+               return pass([&](int64_t p, int v, V::T) __attribute__((always_inline)) {
+                 fetch(g2 + p * hidden_channels + v * V::width + next);
+                 return lanes_of_g.load(g2 + p * hidden_channels, v);
+               });
+             }
+             const Values<kVectors> scale(packed + l.scale2 + panel.hidden), shift(packed + l.shift2 + panel.hidden);
+             pass([&](int64_t p, int v, V::T value) __attribute__((always_inline)) {
+               return through.keep(V::load(gh + p * h_pitch + v * V::width), V::fma(value, scale[v], shift[v]));
+             });
            });
   }
 
@@ -1127,8 +1156,10 @@ struct TrainWork {
   void gradient_rows(int64_t begin, int64_t end, int64_t gz_begin, const Panel& panel) {
     if (end <= begin) return;
     if (!b.keeps_d) depthwise(begin, end, panel);
-    const float* gz = scratch + b.gz + (begin - gz_begin) * a.out_width * l.out_padded;
-    project_transposed(gz, (end - begin) * a.out_width, panel);
+    if (!a.g2) {
+      const float* gz = scratch + b.gz + (begin - gz_begin) * a.out_width * l.out_padded;
+      project_transposed(gz, (end - begin) * a.out_width, panel);
+    }
     for (int64_t row = begin; row < end; ++row)
       normalise_backward((image * a.out_height + row) * a.out_width, (row - begin) * a.out_width, panel,
                          gradient_row(panel, row) + b.g_left * plan.pitch);
@@ -1242,7 +1273,7 @@ struct TrainWork {
         if (first_part) set_shift(part_begin, min64(pixels, kPixelBlock));
         shift_rows(part_begin, pixels);
       }
-      gradient_of_z((image * a.out_height + out_begin) * a.out_width, (out_end - out_begin) * a.out_width);
+      if (!a.g2) gradient_of_z((image * a.out_height + out_begin) * a.out_width, (out_end - out_begin) * a.out_width);
       for_each_chunk([&](int64_t hidden, int64_t hidden_end) {
         for (int64_t i = 0; i < run_sums; ++i) scratch[b.run_sums + i] = 0;
         int64_t expanded = first, made = out_begin;
