@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -557,25 +558,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_norm_backward(T
   return {a, b, c, bias, gradient_gamma, beta};
 }
 
-// As nn.BatchNorm2d keeps them: with the unbiased variance.
-void train_running_statistics(Tensor statistics, OptionalTensor bias, Tensor mean, Tensor var, double momentum) {
-  check(statistics.dim() == 2 && statistics.size(0) == 3, "statistics must be [3, channels], got ",
-        shape_of(statistics));
-  const int64_t channels = statistics.size(1);
-  Vectors v;
-  const double* found = v.doubles("statistics", statistics, {3, channels});
-  const float* biases = bias ? v.floats("bias", *bias, {channels}) : nullptr;
-  check(mean.is_contiguous() && var.is_contiguous(), "mean and var must be contiguous");
-  v.floats("mean", mean, {channels});
-  v.floats("var", var, {channels});
+// As nn.BatchNorm2d keeps them: with the unbiased variance; momentum NaN: the cumulative average.
+void update_running(const Tensor& statistics, const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                    const Tensor& count, double momentum) {
+  const double* found = static_cast<const double*>(statistics.const_data_ptr());
+  const float* biases = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
   float *means = static_cast<float*>(mean.mutable_data_ptr()), *variances = static_cast<float*>(var.mutable_data_ptr());
-  const float factor = static_cast<float>(momentum);
+  const int64_t batches = ++*static_cast<int64_t*>(count.mutable_data_ptr()), channels = statistics.size(1);
+  const float factor = static_cast<float>(std::isnan(momentum) ? 1 / static_cast<double>(batches) : momentum);
   const auto move = [factor](float* running, double now) { *running += factor * (static_cast<float>(now) - *running); };
   for (int64_t c = 0; c < channels; ++c) {
     const double pixels = found[2 * channels + c];
     move(means + c, found[c] + (biases ? static_cast<double>(biases[c]) : 0));
     move(variances + c, found[channels + c] * (pixels / (pixels - 1)));
   }
+}
+
+// Of several BatchNorms. False, and nothing has changed, if one's tensors are not such as modules have on the CPU.
+bool train_running_statistics(std::vector<Tensor> statistics, std::vector<OptionalTensor> bias,
+                              std::vector<Tensor> mean, std::vector<Tensor> var, std::vector<Tensor> count,
+                              std::vector<double> momentum) {
+  const size_t norms = statistics.size();
+  check(bias.size() == norms && mean.size() == norms && var.size() == norms && count.size() == norms &&
+            momentum.size() == norms,
+        "all lists must have the same length");
+  const auto fits = [](const Tensor& t, ScalarType type, int64_t size) {
+    return t.is_cpu() && t.scalar_type() == type && t.is_contiguous() && t.numel() == size;
+  };
+  for (size_t i = 0; i < norms; ++i) {
+    check(statistics[i].dim() == 2 && statistics[i].size(0) == 3, "statistics must be [3, channels], got ",
+          shape_of(statistics[i]));
+    const int64_t channels = statistics[i].size(1);
+    if (!fits(statistics[i], ScalarType::Double, 3 * channels) || !fits(mean[i], ScalarType::Float, channels) ||
+        !fits(var[i], ScalarType::Float, channels) || !fits(count[i], ScalarType::Long, 1) ||
+        (bias[i] && !fits(*bias[i], ScalarType::Float, channels)))
+      return false;
+  }
+  for (size_t i = 0; i < norms; ++i) update_running(statistics[i], bias[i], mean[i], var[i], count[i], momentum[i]);
+  return true;
 }
 
 Tensor train_linear_sums(Tensor weight, Tensor t) {
@@ -855,8 +875,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mbv2, m) {
       "train_norm_backward(Tensor statistics, Tensor gamma, float eps, Tensor sum_g, Tensor sum_gv, Tensor all_g, "
       "Tensor all_gv) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "train_running_statistics(Tensor statistics, Tensor? bias, Tensor(a!) mean, Tensor(b!) var, float momentum) "
-      "-> ()");
+      "train_running_statistics(Tensor[] statistics, Tensor?[] bias, Tensor(a!)[] mean, Tensor(b!)[] var, "
+      "Tensor(c!)[] count, float[] momentum) -> bool");
   m.def("train_linear_sums(Tensor weight, Tensor t) -> Tensor");
   m.def(
       "train_expand_backward(Tensor weight, Tensor w1, Tensor statistics, Tensor gamma, float eps, Tensor t, "

@@ -6,8 +6,9 @@ statistics. The arithmetic itself is the op `mbv2::train_block`, or `mbv2::train
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,9 +51,15 @@ def train_block(
     y, _, _, *statistics = run(
         x, *without_running_statistics(tensors, batch), eps, *config, batch, groups, memory == "fast"
     )
-    for i, norm in enumerate(norms):
-        if batch[i]:
-            _update_running_statistics(norm, tensors[6 * i + 1], x, groups[i], statistics[i])
+    biases = tensors.expand_bias, tensors.depthwise_bias, tensors.project_bias
+    _update_running_statistics(
+        x.shape[0] == 0,
+        [
+            _Running(*row)
+            for used, *row in zip(batch, norms, biases, groups, statistics, strict=False)
+            if used and row[0].track_running_stats
+        ],
+    )
     return y
 
 
@@ -64,7 +71,9 @@ def train_layer(x: Tensor, layer: ConvNorm, tensors: Layer, eps: float, config: 
     _check_values_per_channel(x, channels, size, group)
     run = _apply(TrainLayerFunction, torch.ops.mbv2.train_layer, x)
     y, _, statistics, *_ = run(x, *tensors[:4], eps, *config, group)
-    _update_running_statistics(layer.norm, tensors.bias, x, group, statistics)
+    norm: Any = layer.norm
+    if norm.track_running_stats:
+        _update_running_statistics(x.shape[0] == 0, [_Running(norm, tensors.bias, group, statistics)])
     return y
 
 
@@ -110,30 +119,49 @@ def _check_values_per_channel(x: Tensor, channels: int, size: Sequence[int], gro
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
 
-def _update_running_statistics(norm: Any, conv_bias: Tensor | None, x: Tensor, group: str, statistics: Tensor) -> None:
+class _Running(NamedTuple):
+    """A BatchNorm that keeps running statistics, and what it takes to update them."""
+
+    norm: Any
+    conv_bias: Tensor | None
+    group: str
+    statistics: Tensor
+
+
+def _update_running_statistics(empty: bool, norms: Sequence[_Running]) -> None:
     """As nn.BatchNorm2d: unbiased variance, momentum, or the cumulative average where momentum is None.
 
-    An empty batch only counts.
+    An empty batch only counts, where no process has more.
     """
-    if not norm.track_running_stats:
+    if not norms:
         return
     with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        if x.shape[0] == 0 and not group:
+        if not empty and all(is_plain(row.statistics) for row in norms) and _updated_in_one_op(norms):
             return
-        running, factor = (norm.running_mean, norm.running_var), norm.momentum
-        read = running if conv_bias is None else (*running, conv_bias)
-        if is_plain(statistics) and all(t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() for t in read):
-            if factor is None:
-                factor = 1 / int(norm.num_batches_tracked)
-            _UPDATE(statistics, conv_bias, *running, factor)
-            torch.autograd.graph.increment_version(running)  # which only the dispatcher's own ops do
-            return
-        mean, var, pixels = statistics.unbind()
-        if conv_bias is not None:
-            mean = mean + conv_bias
-        var = var * (pixels / (pixels - 1))
-        for own, new in zip(running, (mean, var), strict=True):
-            if factor is None:
-                factor = norm.num_batches_tracked.double().reciprocal()
-            own.lerp_(new.to(own.dtype), factor if isinstance(factor, float) else factor.to(own.dtype))
+        for norm, conv_bias, group, statistics in norms:
+            norm.num_batches_tracked.add_(1)
+            if empty and not group:
+                continue
+            mean, var, pixels = statistics.unbind()
+            if conv_bias is not None:
+                mean = mean + conv_bias
+            var = var * (pixels / (pixels - 1))
+            factor = norm.momentum
+            for own, new in ((norm.running_mean, mean), (norm.running_var, var)):
+                if factor is None:
+                    factor = norm.num_batches_tracked.double().reciprocal()
+                own.lerp_(new.to(own.dtype), factor if isinstance(factor, float) else factor.to(own.dtype))
+
+
+def _updated_in_one_op(norms: Sequence[_Running]) -> bool:
+    """False, and nothing has changed, where a tensor is not one that the op takes."""
+    own = [norm._buffers for norm, *_ in norms]  # an attribute of a module that is none of the instance costs a call
+    means, variances = [b["running_mean"] for b in own], [b["running_var"] for b in own]
+    counts = [b["num_batches_tracked"] for b in own]
+    momenta = [math.nan if norm.momentum is None else norm.momentum for norm, *_ in norms]
+    if not _UPDATE(
+        [row.statistics for row in norms], [row.conv_bias for row in norms], means, variances, counts, momenta
+    ):
+        return False
+    torch.autograd.graph.increment_version([*means, *variances, *counts])  # which only the dispatcher's own ops do
+    return True

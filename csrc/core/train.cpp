@@ -105,7 +105,11 @@ struct Packing {
       sections[i].dst = packed + offsets[i];
       panels += panel_count(sections[i]);
     }
-    parallel_for(parallel, panels, [this](int64_t panel) {
+    // Each thread gets panels of all matrices: neighbours are as large as each other.
+    const int64_t shares = parallel.threads, most = ceil_divide(panels, shares);
+    parallel_for(parallel, shares * most, [&](int64_t i) {
+      int64_t panel = i % most * shares + i / most;
+      if (panel >= panels) return;
       const PanelMatrix* matrix = sections;
       for (; panel >= panel_count(*matrix); ++matrix) panel -= panel_count(*matrix);
       pack_panels(*matrix, panel, panel + 1);
@@ -205,23 +209,31 @@ struct Slots {
   const float* matrices;
   int64_t hidden_padded;
 
-  double sum(int64_t row, int64_t column) const {
-    double total = 0;
-    for (int64_t slot = 0; slot < plan.slots; ++slot)
-      total += sums[(slot * plan.sum_rows + row) * plan.sum_width + column];
-    return total;
+  // body(column, sum) for columns [begin, end) of a row. Several at a time, as memory has them.
+  template <class Body>
+  void sum(int64_t row, int64_t begin, int64_t end, const Body& body) const {
+    constexpr int64_t kColumns = 32;
+    for (; begin < end; begin += kColumns) {
+      const int64_t width = std::min(kColumns, end - begin);
+      double total[kColumns] = {};
+      for (int64_t slot = 0; slot < plan.slots; ++slot) {
+        const double* from = sums + (slot * plan.sum_rows + row) * plan.sum_width + begin;
+        for (int64_t c = 0; c < width; ++c) total[c] += from[c];
+      }
+      for (int64_t c = 0; c < width; ++c) body(begin + c, total[c]);
+    }
   }
 };
 
 template <class T>
 void add_sums(const Slots& slots, int64_t row, int64_t channels, int64_t stride, T* out) {
-  if (!out) return;
-  for (int64_t c = 0; c < channels; ++c) out[c * stride] = static_cast<T>(slots.sum(row, c));
+  if (out) slots.sum(row, 0, channels, [&](int64_t c, double sum) { out[c * stride] = static_cast<T>(sum); });
 }
 
 void add_gram(const Slots& slots, int64_t channels, double* gram, const Parallel& parallel) {
   parallel_for(parallel, channels, [&](int64_t i) {
-    for (int64_t j = i; j < channels; ++j) gram[i * channels + j] = gram[j * channels + i] = slots.sum(1 + i, j);
+    slots.sum(1 + i, i, channels,
+              [&](int64_t j, double sum) { gram[i * channels + j] = gram[j * channels + i] = sum; });
   });
 }
 
