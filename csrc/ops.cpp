@@ -11,6 +11,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
@@ -616,6 +617,29 @@ Tensor chain_classify(Tensor x_given, Tensor chain_given, Tensor weight, Optiona
 }
 
 }  // namespace
+
+namespace mbv2 {
+
+// Declared in shortcut.h, which cannot see torch.
+void run_beside_waking(void* context, void (*run)(void* context)) {
+  struct Call {
+    void* context;
+    void (*run)(void* context);
+    std::thread::id caller;
+    bool done;
+  } call = {context, run, std::this_thread::get_id(), false};
+  const Parallel parallel = torch_parallel();
+  if (parallel.threads > 1)
+    parallel.parallel_for(parallel.threads, &call, [](void* of, int64_t begin, int64_t) {
+      auto& own = *static_cast<Call*>(of);
+      if (begin != 0 || std::this_thread::get_id() != own.caller) return;  // awake, and nothing else to do
+      own.run(own.context);
+      own.done = true;
+    });
+  if (!call.done) run(context);
+}
+
+}  // namespace mbv2
 
 STABLE_TORCH_LIBRARY(mbv2, m) {
   m.def(

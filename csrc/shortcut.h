@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -13,6 +14,9 @@
 #include "watch.h"
 
 namespace mbv2 {
+
+// run(context), which does not throw, on this thread, while the others of torch's pool wake up (ops.cpp).
+void run_beside_waking(void* context, void (*run)(void* context));
 
 class Shortcut {
  public:
@@ -51,7 +55,7 @@ class Shortcut {
 
   // None says "look closer".
   py::object operator()(const py::handle x) {
-    if (!fits(x) || !quiet() || !watch_.unchanged()) return py::none();
+    if (!fits(x) || !quiet() || !unchanged()) return py::none();
     PyObject* given[1 + kMostArguments] = {x.ptr()};
     for (size_t i = 0; i < arguments_.size(); ++i) given[1 + i] = arguments_[i].ptr();
     PyObject* y = PyObject_Vectorcall(op_.ptr(), given, 1 + arguments_.size(), nullptr);
@@ -87,6 +91,28 @@ class Shortcut {
       if (yes) return false;
     }
     return true;
+  }
+
+  // A few milliseconds after a pool has last had something to do its threads sleep, and the first layer would wait for
+  // them, up to 90 us: as long as the look at a whole network takes, in which there is nothing else for them to do.
+  bool unchanged() {
+    constexpr size_t kLong = 64;
+    if (watch_.tensors() < kLong) return watch_.unchanged();
+    struct {
+      Watch& watch;
+      bool unchanged;
+      std::exception_ptr error;
+    } look = {watch_, false, nullptr};
+    run_beside_waking(&look, [](void* context) {
+      auto& own = *static_cast<decltype(look)*>(context);
+      try {
+        own.unchanged = own.watch.unchanged();
+      } catch (...) {
+        own.error = std::current_exception();
+      }
+    });
+    if (look.error) std::rethrow_exception(look.error);
+    return look.unchanged;
   }
 
   // None of them owns a module, and so this object: Python's garbage collector does not see into it.

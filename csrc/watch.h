@@ -122,6 +122,8 @@ class Watch {
     }
   }
 
+  size_t tensors() const { return tensors_.size(); }
+
   // True if nothing has changed. False says "look closer": something has, or is stored in an unusual way.
   bool unchanged() {
     size_t fetched = 0, tensor = 0;
