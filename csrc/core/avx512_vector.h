@@ -63,29 +63,24 @@ struct V {
   V_INLINE T load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   V_INLINE void store(float* p, T v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
 
-  // As many 16-bit numbers as `from` has, then zeros.
-  V_INLINE void copy(const uint16_t* from, int has, uint16_t* to, int count) {
-    _mm256_mask_storeu_epi16(to, first(count), _mm256_maskz_loadu_epi16(first(has), from));
-  }
-  V_INLINE T load_f16(const uint16_t* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  V_INLINE void store_f16(uint16_t* p, T v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
-  V_INLINE T load_bf16(const uint16_t* p) {
-    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-  }
+  // 16-bit numbers. A mask, not a buffer: what was just stored in part is not read again without waiting.
+  using Halves = __m256i;
+  V_INLINE Halves load_halves(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  V_INLINE Halves load_halves(const uint16_t* p, int n) { return _mm256_maskz_loadu_epi16(first(n), p); }
+  V_INLINE void store_halves(uint16_t* p, Halves v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  V_INLINE void store_halves(uint16_t* p, Halves v, int n) { _mm256_mask_storeu_epi16(p, first(n), v); }
+  V_INLINE T from_f16(Halves v) { return _mm512_cvtph_ps(v); }
+  V_INLINE Halves to_f16(T v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  V_INLINE T from_bf16(Halves v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
   // Round to nearest, ties to even; a NaN keeps its sign and becomes quiet (rounding could carry it into infinity).
-  V_INLINE void store_bf16(uint16_t* p, T v) {
+  V_INLINE Halves to_bf16(T v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
     rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
   }
 #undef V_INLINE
 };

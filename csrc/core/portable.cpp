@@ -57,9 +57,17 @@ struct V {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
 
-  // As many 16-bit numbers as `from` has, then zeros.
-  V_INLINE void copy(const uint16_t* from, int has, uint16_t* to, int count) {
-    for (int i = 0; i < count; ++i) to[i] = i < has ? from[i] : 0;
+  // 16-bit numbers.
+  struct Halves {
+    uint16_t of[width];
+  };
+  V_INLINE Halves load_halves(const uint16_t* p, int n = width) {
+    Halves v = {};
+    for (int i = 0; i < n; ++i) v.of[i] = p[i];
+    return v;
+  }
+  V_INLINE void store_halves(uint16_t* p, Halves v, int n = width) {
+    for (int i = 0; i < n; ++i) p[i] = v.of[i];
   }
   V_INLINE float from_bits(uint32_t bits) {
     float v;
@@ -71,32 +79,35 @@ struct V {
     std::memcpy(&bits, &v, sizeof bits);
     return bits;
   }
-  V_INLINE T load_bf16(const uint16_t* p) {
+  V_INLINE T from_bf16(Halves halves) {
     T v;
-    LANES v[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
+    LANES v[i] = from_bits(static_cast<uint32_t>(halves.of[i]) << 16);
     return v;
   }
   // Round to nearest, ties to even; a NaN keeps its sign and becomes quiet (rounding could carry it into infinity).
-  V_INLINE void store_bf16(uint16_t* p, T v) {
+  V_INLINE Halves to_bf16(T v) {
+    Halves halves;
     LANES {
       const uint32_t bits = to_bits(v[i]);
       const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-      p[i] = static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+      halves.of[i] = static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
     }
+    return halves;
   }
   // fp16 has 5 exponent bits (bias 15) and 10 of mantissa. Shifting its bits into fp32's place and multiplying by 2^112
   // rebiases the exponent, and turns subnormals into what they mean; infinity and NaN need fp32's top exponent.
-  V_INLINE T load_f16(const uint16_t* p) {
+  V_INLINE T from_f16(Halves halves) {
     T v;
     LANES {
-      const uint32_t sign = static_cast<uint32_t>(p[i] & 0x8000u) << 16, rest = p[i] & 0x7fffu;
+      const uint32_t bits = halves.of[i], sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
       const float magnitude = rest >= 0x7c00u ? from_bits(0x7f800000u | (rest & 0x3ffu) << 13)
                                               : from_bits(rest << 13) * from_bits(239u << 23);
       v[i] = from_bits(to_bits(magnitude) | sign);
     }
     return v;
   }
-  V_INLINE void store_f16(uint16_t* p, T v) {
+  V_INLINE Halves to_f16(T v) {
+    Halves halves;
     LANES {
       const uint32_t bits = to_bits(v[i]), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
       uint32_t half;
@@ -110,8 +121,9 @@ struct V {
       } else {
         half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;  // may round up into infinity
       }
-      p[i] = static_cast<uint16_t>(half | sign);
+      halves.of[i] = static_cast<uint16_t>(half | sign);
     }
+    return halves;
   }
 #undef LANES
 #undef V_INLINE

@@ -1,37 +1,28 @@
 // Storage of other types than Real, for the tiers that compute in fp32.
 //
-// Included after tile_generic.h, which says what may not be done here. V offers loads and stores of bf16 and fp16
-// besides.
+// Included after tile_generic.h, which says what may not be done here. V offers Halves (a register of 16-bit numbers)
+// besides, with loads and stores of all and of the first few, and what they are as bf16 and as fp16.
 //
 // No #pragma once: included once a tier.
 
 using F32 = Own;
 
-// 16-bit storage. Part of a vector goes through a buffer.
-template <V::T (*Load)(const uint16_t*), void (*Store)(uint16_t*, V::T)>
+template <V::T (*From)(V::Halves), V::Halves (*To)(V::T)>
 struct Half {
   static constexpr bool kOwn = false;
   using Element = uint16_t;
-  static ALWAYS_INLINE V::T load(const uint16_t* p) { return Load(p); }
+  static ALWAYS_INLINE V::T load(const uint16_t* p) { return From(V::load_halves(p)); }
+  static ALWAYS_INLINE V::T load(const uint16_t* p, int n) { return From(V::load_halves(p, n)); }
   static ALWAYS_INLINE float load_one(const uint16_t* p) {
     float lanes[V::width];
     V::store(lanes, load(p, 1));
     return lanes[0];
   }
-  static ALWAYS_INLINE V::T load(const uint16_t* p, int n) {
-    uint16_t buffer[V::width];
-    V::copy(p, n, buffer, V::width);
-    return Load(buffer);
-  }
-  static ALWAYS_INLINE void store(uint16_t* p, V::T v) { Store(p, v); }
-  static ALWAYS_INLINE void store(uint16_t* p, V::T v, int n) {
-    uint16_t buffer[V::width];
-    Store(buffer, v);
-    V::copy(buffer, n, p, n);
-  }
+  static ALWAYS_INLINE void store(uint16_t* p, V::T v) { V::store_halves(p, To(v)); }
+  static ALWAYS_INLINE void store(uint16_t* p, V::T v, int n) { V::store_halves(p, To(v), n); }
 };
-using BF16 = Half<V::load_bf16, V::store_bf16>;
-using F16 = Half<V::load_f16, V::store_f16>;
+using BF16 = Half<V::from_bf16, V::to_bf16>;
+using F16 = Half<V::from_f16, V::to_f16>;
 
 // run(storage), for the storage type of that name.
 template <class Run>

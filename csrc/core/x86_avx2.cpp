@@ -55,22 +55,25 @@ struct V {
   V_INLINE T load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   V_INLINE void store(float* p, T v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 
-  // As many 16-bit numbers as `from` has, then zeros.
-  V_INLINE void copy(const uint16_t* from, int has, uint16_t* to, int count) {
-    for (int i = 0; i < count; ++i) to[i] = i < has ? from[i] : 0;
+  // 16-bit numbers.
+  using Halves = __m128i;
+  V_INLINE Halves load_halves(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  V_INLINE Halves load_halves(const uint16_t* p, int n) {
+    uint16_t buffer[width] = {};
+    for (int i = 0; i < n; ++i) buffer[i] = p[i];
+    return load_halves(buffer);
   }
-  V_INLINE T load_f16(const uint16_t* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  V_INLINE void store_halves(uint16_t* p, Halves v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
+  V_INLINE void store_halves(uint16_t* p, Halves v, int n) {
+    uint16_t buffer[width];
+    store_halves(buffer, v);
+    for (int i = 0; i < n; ++i) p[i] = buffer[i];
   }
-  V_INLINE void store_f16(uint16_t* p, T v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
-  V_INLINE T load_bf16(const uint16_t* p) {
-    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-  }
+  V_INLINE T from_f16(Halves v) { return _mm256_cvtph_ps(v); }
+  V_INLINE Halves to_f16(T v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  V_INLINE T from_bf16(Halves v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
   // Round to nearest, ties to even; a NaN keeps its sign and becomes quiet (rounding could carry it into infinity).
-  V_INLINE void store_bf16(uint16_t* p, T v) {
+  V_INLINE Halves to_bf16(T v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -78,7 +81,7 @@ struct V {
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    return _mm256_castsi256_si128(packed);
   }
 #undef V_INLINE
 };
