@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, reference, training_reference
+from . import backends, reference
 from .backends import BlockConfig, LayerConfig
 from .fold import NO_EPS, BlockTensors, Eps, FoldedWeights, Layer, check_shapes, gradient_like
 
@@ -306,10 +306,41 @@ def layer_backward(
         sums = _linear_sums(phases, linear, layer, t, sum_g, group, x)
         *grads[1:], _, _ = _linear_backward(phases, linear, layer, eps, w1, t, sums, x)
         if need_x:
-            a, b, c, *_ = phases.train_norm_backward(norm.statistics, norm.gamma, eps, *sums)
-            weight = _kernel_weight(layer, x)
-            grads[0] = training_reference.window_input_backward(grad, x, weight, kernel, b1, a, b, c, *config)
+            through = phases.train_norm_backward(norm.statistics, norm.gamma, eps, *sums)[:3]
+            grads[0] = _window_input_backward(phases, grad, x, layer, norm, through, config)
     return _for_leaves(grads, layer[:4], needs)
+
+
+def _window_input_backward(
+    phases: Any,
+    grad: Tensor,
+    x: Tensor,
+    layer: Layer,
+    norm: _Norm,
+    through: Sequence[Tensor],
+    config: LayerConfig,
+) -> Tensor:
+    """The gradient of a picture, which hardly anybody asks for: by phases of other layers and torch's convolution.
+
+    In float32 at least: v is none of the tensors that the forward rounds. A 1x1 convolution with the identity for its
+    weight takes the gradient from y to v.
+    """
+    weight = _kernel_weight(layer, x)
+    wide, grad = x.to(weight.dtype), grad.to(weight.dtype)
+    channels, kernel_size = weight.shape[0], weight.shape[-1]
+    v = phases.train_window(wide, weight, weight.new_zeros(channels), config.stride, config.padding, "none")
+    from_v = (grad, v, *phases.train_norm(*norm), *through, config.activation)
+    identity = torch.eye(channels, dtype=weight.dtype, device=weight.device)
+    _, gv = phases.train_pointwise_backward(*from_v, v, identity, (False, True))
+    pads = [p for size in (x.shape[3], x.shape[2]) for p in _pads(size, kernel_size, config)]
+    padded = _channels_last(torch.nn.functional.pad(wide, pads))
+    arguments = ([channels], [config.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
+    gx, _, _ = torch.ops.aten.convolution_backward(gv, padded, _channels_last(weight), *arguments)
+    return _channels_last(torch.nn.functional.pad(gx, [-p for p in pads]).to(x.dtype))
+
+
+def _pads(size: int, kernel_size: int, config: LayerConfig) -> tuple[int, int]:
+    return reference.padding_amounts(size, kernel_size, config.stride, config.padding, 1)
 
 
 def is_pointwise(weight: Tensor, config: LayerConfig) -> bool:

@@ -275,31 +275,6 @@ def train_window_backward(
     return _rows(g).T @ _windows(_wide(x), w1.shape[-1], stride, padding), _rows(g.double()).sum(0)
 
 
-def window_input_backward(
-    gy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    stride: int,
-    padding: int,
-    activation: str,
-) -> Tensor:
-    """The gradient of x in x's dtype, through gv = a * g + b * v + c, the gradient of v = w * x.
-
-    No phase: this is how every backend computes it. Hardly anybody asks for the gradient of a picture.
-    """
-    left, right, top, bottom = _pads(x, w, stride, padding, 1)
-    padded = F.pad(_wide(x), (left, right, top, bottom))
-    g = _window_backward(gy, x, w1, b1, stride, padding, activation)
-    gv = _affine(g, a, c) + F.conv2d(padded, w, None, stride) * _vector(b, g)
-    gx, _, _ = _convolution_backward(gv, padded, w, (True, False, False), stride)
-    return _image(F.pad(gx, (-left, -right, -top, -bottom)), x.dtype)
-
-
 # ---- BatchNorm, between the phases -----------------------------------------------------------------------------------
 
 
