@@ -3,6 +3,7 @@
 // _registrations.py.
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -18,6 +19,7 @@
 #include <variant>
 #include <vector>
 
+#include "beside.h"
 #include "checks.h"
 #include "core/block.h"
 #include "core/conv.h"
@@ -434,8 +436,9 @@ struct ChainCalls {
     };
     return threads == threads_now && numbers(x) == numbers(other);
   }
-  Images output() const {
-    return std::visit([&](const auto& call) { return call.output(nullptr, x.type); }, calls.back());
+  Images output() const { return output(calls.size() - 1); }
+  Images output(size_t step) const {
+    return std::visit([&](const auto& call) { return call.output(nullptr, x.type); }, calls[step]);
   }
 };
 
@@ -521,10 +524,14 @@ class Chains {
   std::shared_ptr<Chain> find(const Tensor& tensor) {
     check(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long && tensor.numel() == 1,
           "chain must be what pack_chain returned, got a tensor of shape ", shape_of(tensor));
+    std::shared_ptr<Chain> found = find(*static_cast<const int64_t*>(tensor.const_data_ptr()));
+    check(found != nullptr, "chain must be what pack_chain returned in this process, and not be gone");
+    return found;
+  }
+  std::shared_ptr<Chain> find(int64_t number) {  // null if there is none
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = chains_.find(*static_cast<const int64_t*>(tensor.const_data_ptr()));
-    check(found != chains_.end(), "chain must be what pack_chain returned in this process, and not be gone");
-    return found->second;
+    const auto found = chains_.find(number);
+    return found == chains_.end() ? nullptr : found->second;
   }
 
   // Never destroyed: tensors may be released after the destructors of globals have run.
@@ -551,13 +558,32 @@ Tensor pack_chain(std::vector<Tensor> packed, std::vector<int64_t> steps) {
   return Chains::all().add(std::make_shared<Chain>(std::move(packed), steps));
 }
 
+// ---- The first layer, while a thread looks whether it may be called (beside.h) ----
+
+// A look that this thread is at. What it runs into must not write to the first layer's result.
+struct Looking {
+  void (*look)(void* context);
+  void* context;
+  std::thread::id thread;
+  bool done;
+};
+thread_local Looking* looking = nullptr;
+
+// A result in the first buffer between steps: of which calls, on what.
+struct FirstLayer {
+  std::shared_ptr<const ChainCalls> calls;
+  const void* x = nullptr;
+};
+thread_local FirstLayer first_layer;
+
 // Where the steps of a chain leave their images: one of two buffers that stay, in turns; if they are large, memory that
 // is given back: then a batch of images is computed, and an allocation is nothing beside it.
+constexpr int64_t kKeptFloats = 2 << 20;
 class Between {
  public:
   void* reserve(size_t step, const Images& images) {
-    constexpr int64_t kKeptFloats = 2 << 20;
-    if (images.numel() <= kKeptFloats) return mbv2::chain_buffer(step).reserve(static_cast<size_t>(images.numel()));
+    if (images.numel() <= kKeptFloats && !looking)
+      return mbv2::chain_buffer(step).reserve(static_cast<size_t>(images.numel()));
     OptionalTensor& held = held_[step % 2];
     held = empty_image(images.batch, images.channels, images.height, images.width, images.type);
     return held->mutable_data_ptr();
@@ -569,7 +595,12 @@ class Between {
 
 // All steps, the last one into y; null: in between as the others. Returns where that is.
 void* run_chain(const ChainCalls& chain, const void* x, void* y, Between& between) {
-  for (size_t i = 0; i < chain.calls.size(); ++i)
+  size_t begin = 0;
+  if (first_layer.calls.get() == &chain && first_layer.x == x) {
+    x = between.reserve(begin++, chain.output(0));
+    first_layer = {};
+  }
+  for (size_t i = begin; i < chain.calls.size(); ++i)
     x = std::visit(
         [&](auto call) -> void* {
           const Images out = call.output(nullptr, chain.x.type);
@@ -580,6 +611,59 @@ void* run_chain(const ChainCalls& chain, const void* x, void* y, Between& betwee
         },
         chain.calls[i]);
   return const_cast<void*>(x);
+}
+
+// As Parallel has it: the items go to whoever is free, on this thread after the look. It begins with the first ones and
+// the others with the last ones, for the next layer goes to them in this order, and each finds its share in its caches.
+void run_beside_look(int64_t n, void* context, mbv2::ParallelBody body) {
+  struct Work {
+    Looking& looking;
+    int64_t n;
+    void* context;
+    mbv2::ParallelBody body;
+    std::atomic<int64_t> taken, of_others;
+    int64_t own;
+  } work = {*looking, n, context, body, {0}, {0}, 0};
+  const mbv2::Parallel pool = mbv2::torch_parallel();
+  pool.parallel_for(pool.threads, &work, [](void* of, int64_t, int64_t) {
+    Work& w = *static_cast<Work*>(of);
+    const bool looks = w.looking.thread == std::this_thread::get_id();
+    if (looks && !w.looking.done) {
+      w.looking.look(w.looking.context);
+      w.looking.done = true;
+    }
+    while (w.taken.fetch_add(1, std::memory_order_relaxed) < w.n) {
+      const int64_t i = looks ? w.own++ : w.n - 1 - w.of_others.fetch_add(1, std::memory_order_relaxed);
+      w.body(w.context, i, i + 1);
+    }
+  });
+}
+
+// False if there is no first layer worth it, or none that takes x: then the call will say why. Several items a thread,
+// as the one that looks comes late.
+bool run_first_layer(Chain& chain, const mbv2::DlpackTensor& x) {
+  constexpr int kItems = 4;
+  if (chain.starts_with_block() || x.dims != 4) return false;
+  const bool halves = x.bits == 16;
+  const ScalarType type = x.code == mbv2::kDlpackBfloat ? ScalarType::BFloat16
+                          : halves                      ? ScalarType::Half
+                                                        : ScalarType::Float;
+  const char* const data = static_cast<const char*>(x.data) + x.byte_offset;
+  std::shared_ptr<const ChainCalls> calls;
+  try {
+    calls = chain.calls({data, x.shape[0], x.shape[1], x.shape[2], x.shape[3], x.strides[0], x.strides[1], x.strides[2],
+                         x.strides[3], type});
+  } catch (const std::exception&) {
+    return false;
+  }
+  const Images out = calls->output(0);
+  if (calls->calls.size() < 2 || out.numel() == 0 || out.numel() > kKeptFloats) return false;
+  ConvCall call = std::get<ConvCall>(calls->calls[0]);
+  call.args.x = data;
+  call.parallel = {run_beside_look, kItems * call.parallel.threads};
+  call.run(mbv2::chain_buffer(0).reserve(static_cast<size_t>(out.numel())));
+  first_layer = {std::move(calls), data};
+  return true;
 }
 
 Tensor for_chain(const Tensor& x, const Chain& chain) {
@@ -620,24 +704,17 @@ Tensor chain_classify(Tensor x_given, Tensor chain_given, Tensor weight, Optiona
 
 namespace mbv2 {
 
-// Declared in shortcut.h, which cannot see torch.
-void run_beside_waking(void* context, void (*run)(void* context)) {
-  struct Call {
-    void* context;
-    void (*run)(void* context);
-    std::thread::id caller;
-    bool done;
-  } call = {context, run, std::this_thread::get_id(), false};
-  const Parallel parallel = torch_parallel();
-  if (parallel.threads > 1)
-    parallel.parallel_for(parallel.threads, &call, [](void* of, int64_t begin, int64_t) {
-      auto& own = *static_cast<Call*>(of);
-      if (begin != 0 || std::this_thread::get_id() != own.caller) return;  // awake, and nothing else to do
-      own.run(own.context);
-      own.done = true;
-    });
-  if (!call.done) run(context);
+void look_beside_first_layer(const int64_t* chain, const DlpackTensor& x, void* context, void (*look)(void* context)) {
+  if (looking || torch::stable::get_num_threads() == 1) return look(context);
+  Looking now = {look, context, std::this_thread::get_id(), false};
+  looking = &now;
+  const auto found = chain ? Chains::all().find(*chain) : nullptr;
+  if (!found || !run_first_layer(*found, x)) run_beside_look(0, nullptr, nullptr);
+  looking = nullptr;
+  if (!now.done) look(context);
 }
+
+void forget_first_layer() { first_layer = {}; }
 
 }  // namespace mbv2
 

@@ -10,13 +10,11 @@
 #include <utility>
 #include <vector>
 
+#include "beside.h"
 #include "core/arch.h"
 #include "watch.h"
 
 namespace mbv2 {
-
-// run(context), which does not throw, on this thread, while the others of torch's pool wake up (ops.cpp).
-void run_beside_waking(void* context, void (*run)(void* context));
 
 class Shortcut {
  public:
@@ -43,6 +41,7 @@ class Shortcut {
     channels_ = like.shape[1];
     for (const py::handle argument : arguments) arguments_.push_back(py::reinterpret_borrow<py::object>(argument));
     if (arguments_.size() > kMostArguments) throw std::invalid_argument("too many arguments");
+    chain_ = arguments_.empty() ? nullptr : chain_of(arguments_[0]);
     for (const py::handle question : questions) {
       const auto pair = py::cast<py::tuple>(question);
       questions_.emplace_back(pair[0], pair[1]);
@@ -55,7 +54,10 @@ class Shortcut {
 
   // None says "look closer".
   py::object operator()(const py::handle x) {
-    if (!fits(x) || !quiet() || !unchanged()) return py::none();
+    DlpackTensor image;
+    if (!fits(x, &image) || !quiet()) return py::none();
+    const FirstLayer first_layer;
+    if (!unchanged(image)) return py::none();
     PyObject* given[1 + kMostArguments] = {x.ptr()};
     for (size_t i = 0; i < arguments_.size(); ++i) given[1 + i] = arguments_[i].ptr();
     PyObject* y = PyObject_Vectorcall(op_.ptr(), given, 1 + arguments_.size(), nullptr);
@@ -69,15 +71,29 @@ class Shortcut {
     py::object space, name, value;
   };
 
-  bool fits(const py::handle x) const {
+  // What it may leave behind is of this call.
+  struct FirstLayer {
+    ~FirstLayer() { forget_first_layer(); }
+  };
+
+  bool fits(const py::handle x, DlpackTensor* image) const {
     if (Py_TYPE(x.ptr()) != reinterpret_cast<PyTypeObject*>(type_.ptr())) return false;
-    DlpackTensor now;
+    DlpackTensor& now = *image;
     if (api_->look(x.ptr(), &now) != 0) {  // not every tensor is dense memory
       PyErr_Clear();
       return false;
     }
     return type_of(now) == tensor_type_ && now.dims == dims_ && now.shape[0] <= most_images_ &&
            now.shape[1] == channels_;
+  }
+
+  // `mbv2::pack_chain` returns a tensor of one number.
+  const int64_t* chain_of(const py::object& argument) const {
+    DlpackTensor tensor;
+    if (Py_TYPE(argument.ptr()) != reinterpret_cast<PyTypeObject*>(type_.ptr())) return nullptr;
+    if (api_->look(argument.ptr(), &tensor) != 0) throw py::error_already_set();
+    const bool number = tensor.code == kDlpackInt && tensor.bits == 64 && tensor.dims == 1 && tensor.shape[0] == 1;
+    return number ? static_cast<const int64_t*>(tensor.data) : nullptr;
   }
 
   bool quiet() const {
@@ -93,18 +109,17 @@ class Shortcut {
     return true;
   }
 
-  // A few milliseconds after a pool has last had something to do its threads sleep, and the first layer would wait for
-  // them, up to 90 us: as long as the look at a whole network takes, in which there is nothing else for them to do.
-  bool unchanged() {
-    constexpr size_t kLong = 64;
+  // The look; a short one is not worth other threads' while.
+  bool unchanged(const DlpackTensor& image) {
+    constexpr size_t kLong = 32;
     if (watch_.tensors() < kLong) return watch_.unchanged();
-    struct {
+    struct Look {
       Watch& watch;
       bool unchanged;
       std::exception_ptr error;
     } look = {watch_, false, nullptr};
-    run_beside_waking(&look, [](void* context) {
-      auto& own = *static_cast<decltype(look)*>(context);
+    look_beside_first_layer(chain_, image, &look, [](void* context) {
+      auto& own = *static_cast<Look*>(context);
       try {
         own.unchanged = own.watch.unchanged();
       } catch (...) {
@@ -126,6 +141,7 @@ class Shortcut {
   int32_t dims_;
   int64_t most_images_, channels_;
   std::vector<py::object> arguments_;
+  const int64_t* chain_ = nullptr;  // in the first argument, if that is one
   std::vector<std::pair<py::object, py::object>> questions_;
   std::vector<Variable> variables_;
 };

@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "beside.h"
+
 namespace mbv2 {
 
 namespace py = pybind11;
@@ -36,23 +38,13 @@ inline PyObject* find(PyObject* dict, const py::object& key) {  // borrowed; nul
   return value;
 }
 
-// DLPack's way to look at a tensor from C, which costs a tenth of reading its attributes in Python. As in dlpack.h 1.3
-// (https://github.com/dmlc/dlpack): the first fields of the table behind `torch.Tensor.__dlpack_c_exchange_api__`.
-struct DlpackTensor {
-  void* data;
-  int32_t device[2];
-  int32_t dims;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-constexpr uint8_t kDlpackBfloat = 4;  // `code` of bfloat16
-
 inline uint64_t type_of(const DlpackTensor& tensor) {  // device type and dtype
   return static_cast<uint64_t>(static_cast<uint32_t>(tensor.device[0])) << 32 | tensor.code << 24 | tensor.bits << 16 |
          tensor.lanes;
 }
+
+// Looks at a tensor from C, which costs a tenth of reading its attributes in Python: the table behind
+// `torch.Tensor.__dlpack_c_exchange_api__`.
 struct DlpackApi {
   uint32_t major, minor;
   DlpackApi* previous;

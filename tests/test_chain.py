@@ -80,6 +80,30 @@ def test_the_same_numbers_as_child_by_child(net: nn.Module, dtype: torch.dtype, 
             assert net(x).equal(y)  # and the buffers hold nothing back
 
 
+@torch.no_grad()
+def test_the_first_layer_is_that_of_this_call(net: nn.Module) -> None:
+    """Other threads compute it while one looks for changes: of this image and by these weights, or it is not used."""
+    x = torch.randn(X)
+    first, last = next(net[0].parameters()), next(net[-1].parameters())
+    changes = (
+        lambda: x,
+        lambda: x.normal_(),
+        lambda: first.mul_(1.5),
+        lambda: last.mul_(0.5),
+        lambda: x.transpose_(2, 3),
+    )
+    for threads in (2, 3, 1, 2):
+        torch.set_num_threads(threads)
+        for change in changes:
+            for _ in range(3):
+                net(x)  # a change makes a new plan
+            change()
+            chained, y = net(x), x
+            for child in net:
+                y = child(y)
+            assert chained.equal(y), (threads, changes.index(change))
+
+
 def test_a_hook_splits_the_run_and_fires(net: nn.Module) -> None:
     fired: list[tuple[int, ...]] = []
     handle = net[2].register_forward_hook(lambda m, args, y: fired.append(tuple(y.shape)))
