@@ -81,9 +81,10 @@ def test_the_same_numbers_as_child_by_child(net: nn.Module, dtype: torch.dtype, 
 
 
 @torch.no_grad()
-def test_the_first_layer_is_that_of_this_call(net: nn.Module) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_first_layer_is_that_of_this_call(net: nn.Module, dtype: torch.dtype) -> None:
     """Other threads compute it while one looks for changes: of this image and by these weights, or it is not used."""
-    x = torch.randn(X)
+    net, x = net.to(dtype), torch.randn(X).to(dtype)
     first, last = next(net[0].parameters()), next(net[-1].parameters())
     changes = (
         lambda: x,
