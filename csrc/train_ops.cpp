@@ -797,8 +797,8 @@ BlockGradients train_block_gradients(Tensor grad_given, Tensor x_given, Optional
     else if (rounded)
       d = std::get<0>(train_depthwise(x, w1, b1, depthwise.weight, stride, padding, dilation, activation, true));
     const bool need_sums = any(6, 9) || (!depthwise.fixed() && (below_depthwise || need_wd));
-    // Where d is not there, which is for the sake of memory, neither is g2, which is as large.
-    const bool keep_g2 = d && (below_depthwise || need_wd);
+    // Where d was not kept, which is for the sake of memory, neither is g2, which is as large.
+    const bool keep_g2 = d_kept.dim() == 4 && (below_depthwise || need_wd);
     OptionalTensor g2;
     if (need_w2 || need_sums) {
       const auto [gw2, g, gd] = project_backward(grad, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1, b1,

@@ -33,11 +33,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
 from .backends import BlockConfig, LayerConfig
 from .fold import NO_EPS, BlockTensors, Eps, FoldedWeights, Layer, check_shapes, gradient_like
+from .reference import _convolution_backward, _pads
 
 
 class Step(NamedTuple):
@@ -327,20 +329,15 @@ def _window_input_backward(
     """
     weight = _kernel_weight(layer, x)
     wide, grad = x.to(weight.dtype), grad.to(weight.dtype)
-    channels, kernel_size = weight.shape[0], weight.shape[-1]
+    channels = weight.shape[0]
     v = phases.train_window(wide, weight, weight.new_zeros(channels), config.stride, config.padding, "none")
     from_v = (grad, v, *phases.train_norm(*norm), *through, config.activation)
     identity = torch.eye(channels, dtype=weight.dtype, device=weight.device)
     _, gv = phases.train_pointwise_backward(*from_v, v, identity, (False, True))
-    pads = [p for size in (x.shape[3], x.shape[2]) for p in _pads(size, kernel_size, config)]
-    padded = _channels_last(torch.nn.functional.pad(wide, pads))
-    arguments = ([channels], [config.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
-    gx, _, _ = torch.ops.aten.convolution_backward(gv, padded, _channels_last(weight), *arguments)
-    return _channels_last(torch.nn.functional.pad(gx, [-p for p in pads]).to(x.dtype))
-
-
-def _pads(size: int, kernel_size: int, config: LayerConfig) -> tuple[int, int]:
-    return reference.padding_amounts(size, kernel_size, config.stride, config.padding, 1)
+    pads = _pads(x, weight, config.stride, config.padding, 1)
+    padded = _channels_last(F.pad(wide, pads))
+    gx, _, _ = _convolution_backward(gv, padded, _channels_last(weight), (True, False, False), config.stride)
+    return _channels_last(F.pad(gx, [-p for p in pads]).to(x.dtype))
 
 
 def is_pointwise(weight: Tensor, config: LayerConfig) -> bool:

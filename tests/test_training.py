@@ -31,7 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "cumulative": {"momentum": None},
     "odd_channels": {"in_channels": 5, "hidden": 17, "out_channels": 5},
     "wide": {"in_channels": 24, "hidden": 144, "out_channels": 24},
-    "many_outputs": {"in_channels": 64, "hidden": 136, "out_channels": 72},  # g2 is kept; on tiles where there are any
+    "many_outputs": {"in_channels": 64, "hidden": 136, "out_channels": 72},  # g2 is kept
 }
 
 

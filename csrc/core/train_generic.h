@@ -886,7 +886,6 @@ struct TrainWork {
   // d and gh, or g2 -> gd: a row of it, into its ring; `at`: the row's first pixel in scratch.
   void normalise_backward(int64_t pixel, int64_t at, const Panel& panel, float* gd) {
     const float* gh = scratch + b.gh + at * plan.pitch;
-    const float* g2 = a.g2 + pixel * hidden_channels + panel.hidden;
     const int64_t pixels = a.out_width, h_pitch = plan.pitch;
     const Open through = open;
     with_d(pixel, at, panel,
@@ -903,6 +902,7 @@ struct TrainWork {
                  }
              };
              if (a.g2) {
+               const float* g2 = a.g2 + pixel * hidden_channels + panel.hidden;
                const PanelLanes<F32, kVectors> lanes_of_g(hidden_channels - panel.hidden);
                return pass([&](int64_t p, int v, V::T) __attribute__((always_inline)) {
                  fetch(g2 + p * hidden_channels + v * V::width + next);
