@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "core/train.h"
+#include "core/train_block.h"
 #include "core/train_norm.h"
 #include "core/train_window.h"
 #include "parallel.h"
@@ -166,24 +168,28 @@ class Phase {
 
   void hidden(const Tensor& x, const OptionalTensor& w1, const OptionalTensor& b1, const Tensor& wd, int64_t stride,
               int64_t padding, int64_t dilation, const std::string& activation) {
+    check(w1.has_value() == b1.has_value(), "w1 and b1 must be given or missing together");
+    depthwise(x, w1.has_value(), wd, stride, padding, dilation, activation);
+    a.w1 = floats("w1", w1, {a.dims.hidden_channels, a.dims.in_channels});
+    a.b1 = floats("b1", b1, {a.dims.hidden_channels});
+  }
+  void depthwise(const Tensor& x, bool expand, const Tensor& wd, int64_t stride, int64_t padding, int64_t dilation,
+                 const std::string& activation) {
     input(x);
     check_geometry(stride, padding, dilation);
     check_tensor("wd", wd, 4);
     const int64_t channels = wd.size(0), kernel = wd.size(2);
     check(channels >= 1 && kernel % 2 == 1 && kernel <= mbv2::kMaxKernel, "wd must be [C, 1, k, k] with odd k up to ",
           mbv2::kMaxKernel, ", got ", shape_of(wd));
-    check(w1.has_value() == b1.has_value(), "w1 and b1 must be given or missing together");
-    check(w1 || channels == a.dims.in_channels, "without w1, wd must have x's ", a.dims.in_channels, " channels, got ",
-          channels);
+    check(expand || channels == a.dims.in_channels, "without w1, wd must have x's ", a.dims.in_channels,
+          " channels, got ", channels);
     a.dims.hidden_channels = channels;
     a.dims.kernel = static_cast<int>(kernel);
-    a.dims.expand = w1.has_value();
+    a.dims.expand = expand;
     a.stride = stride;
     a.dilation = dilation;
     a.activation = clamp_of("activation", activation);
     a.wd = floats("wd", wd, {channels, 1, kernel, kernel});
-    a.w1 = floats("w1", w1, {channels, a.dims.in_channels});
-    a.b1 = floats("b1", b1, {channels});
     a.out_height = out_size(a.height, kernel, stride, padding, dilation, &a.pad_top);
     a.out_width = out_size(a.width, kernel, stride, padding, dilation, &a.pad_left);
     check(a.batch == 0 || (a.out_height > 0 && a.out_width > 0), "x of shape ", shape_of(x),
@@ -195,6 +201,10 @@ class Phase {
     if (d) a.d = image("d", *d, channels, a.out_height, a.out_width);
     a.scale2 = floats("scale2", scale2, {channels});
     a.shift2 = floats("shift2", shift2, {channels});
+    project(w2);
+  }
+  void project(const Tensor& w2) {
+    const int64_t channels = a.dims.hidden_channels;
     check(w2.dim() >= 2 && w2.size(0) >= 1, "w2 must be [out, ", channels, "], got ", shape_of(w2));
     a.dims.out_channels = w2.size(0);
     a.w2 = floats("w2", w2, {a.dims.out_channels, channels});
@@ -306,13 +316,12 @@ void check_needs(const std::vector<bool>& needs) {
   check(needs.size() == 2, "needs must have 2 elements, got ", needs.size());
 }
 
-// *g2: what of the way back train_depthwise_backward need not compute again, if it is asked for.
-std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3,
-                                                    Tensor b3, Tensor c3, std::string final_activation, Tensor x,
-                                                    OptionalTensor d, OptionalTensor w1, OptionalTensor b1, Tensor wd,
-                                                    Tensor scale2, Tensor shift2, Tensor w2, int64_t stride,
-                                                    int64_t padding, int64_t dilation, std::string activation,
-                                                    std::vector<bool> needs, OptionalTensor* g2) {
+std::tuple<Tensor, Tensor, Tensor> train_project_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3,
+                                                          Tensor b3, Tensor c3, std::string final_activation, Tensor x,
+                                                          OptionalTensor d, OptionalTensor w1, OptionalTensor b1,
+                                                          Tensor wd, Tensor scale2, Tensor shift2, Tensor w2,
+                                                          int64_t stride, int64_t padding, int64_t dilation,
+                                                          std::string activation, std::vector<bool> needs) {
   check_needs(needs);
   Phase p(TrainPhase::project_backward);
   p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
@@ -323,29 +332,15 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor gy, Tensor z, Tensor 
   Tensor gw2 = needs[0] ? result({out, hidden}, {hidden, 1}, ScalarType::Float, &p.a.gw2) : none(ScalarType::Float);
   Tensor sum = needs[1] ? doubles(hidden, &p.a.sum) : none(ScalarType::Double);
   Tensor product = needs[1] ? doubles(hidden, &p.a.sum_product) : none(ScalarType::Double);
-  if (g2 && mbv2::keeps_g2(p.a.dims)) {
-    void* pointer;
-    *g2 = p.new_image(hidden, p.a.out_height, p.a.out_width, ScalarType::Float, &pointer);
-    p.a.g2_out = static_cast<float*>(pointer);
-  }
   if (needs[0] || needs[1]) p.run();
   return {gw2, sum, product};
 }
-std::tuple<Tensor, Tensor, Tensor> train_project_backward(Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3,
-                                                          Tensor b3, Tensor c3, std::string final_activation, Tensor x,
-                                                          OptionalTensor d, OptionalTensor w1, OptionalTensor b1,
-                                                          Tensor wd, Tensor scale2, Tensor shift2, Tensor w2,
-                                                          int64_t stride, int64_t padding, int64_t dilation,
-                                                          std::string activation, std::vector<bool> needs) {
-  return project_backward(gy, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1, b1, wd, scale2, shift2, w2,
-                          stride, padding, dilation, activation, needs, nullptr);
-}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_depthwise_backward(
     Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3, Tensor b3, Tensor c3, std::string final_activation,
     Tensor x, OptionalTensor d, OptionalTensor w1, OptionalTensor b1, Tensor wd, Tensor scale2, Tensor shift2,
     Tensor a2, Tensor b2, Tensor c2, Tensor w2, int64_t stride, int64_t padding, int64_t dilation,
-    std::string activation, std::vector<bool> needs, const OptionalTensor& g2) {
+    std::string activation, std::vector<bool> needs) {
   check_needs(needs);
   Phase p(TrainPhase::depthwise_backward);
   p.hidden(x, w1, b1, wd, stride, padding, dilation, activation);
@@ -356,7 +351,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(
   p.a.a2 = p.floats("a2", a2, {hidden});
   p.a.b2 = p.floats("b2", b2, {hidden});
   p.a.c2 = p.floats("c2", c2, {hidden});
-  if (g2) p.a.g2 = static_cast<const float*>(g2->const_data_ptr());
   Tensor g = none(ScalarType::Float), t = none(ScalarType::Float), gwd = none(ScalarType::Float);
   Tensor sum = none(ScalarType::Double);
   if (needs[0]) {
@@ -374,14 +368,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(
   }
   if (needs[0] || needs[1]) p.run();
   return {g, gwd, t, sum};
-}
-std::tuple<Tensor, Tensor, Tensor, Tensor> train_depthwise_backward(
-    Tensor gy, Tensor z, Tensor scale3, Tensor shift3, Tensor a3, Tensor b3, Tensor c3, std::string final_activation,
-    Tensor x, OptionalTensor d, OptionalTensor w1, OptionalTensor b1, Tensor wd, Tensor scale2, Tensor shift2,
-    Tensor a2, Tensor b2, Tensor c2, Tensor w2, int64_t stride, int64_t padding, int64_t dilation,
-    std::string activation, std::vector<bool> needs) {
-  return depthwise_backward(gy, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1, b1, wd, scale2, shift2, a2,
-                            b2, c2, w2, stride, padding, dilation, activation, needs, std::nullopt);
 }
 
 Tensor train_input_backward(Tensor g, Tensor x, OptionalTensor m, OptionalTensor c0, OptionalTensor gy) {
@@ -494,22 +480,18 @@ std::tuple<Tensor, Tensor> train_window_backward(Tensor gy, Tensor x, Tensor w1,
 
 double number(const char* name, const Tensor& t) { return *Vectors().doubles(name, t, {1}); }
 
-Tensor statistics_of(const Tensor& total, const Tensor& squares, double pixels) {
+Tensor train_statistics(Tensor total, Tensor squares, Tensor pixels) {
   Vectors v;
   check(total.dim() == 1, "total must be [channels], got ", shape_of(total));
   const int64_t channels = total.size(0);
   double* out;
   Tensor statistics = new_statistics(channels, &out);
-  mbv2::statistics(channels, v.doubles("total", total, {channels}), v.doubles("squares", squares, {channels}), pixels,
-                   out);
+  mbv2::statistics(channels, v.doubles("total", total, {channels}), v.doubles("squares", squares, {channels}),
+                   number("pixels", pixels), out);
   return statistics;
 }
-Tensor train_statistics(Tensor total, Tensor squares, Tensor pixels) {
-  return statistics_of(total, squares, number("pixels", pixels));
-}
 
-std::tuple<Tensor, Tensor> linear_statistics_of(const Tensor& weight, const Tensor& sum_x, const Tensor& gram,
-                                                double pixels) {
+std::tuple<Tensor, Tensor> train_linear_statistics(Tensor weight, Tensor sum_x, Tensor gram, Tensor pixels) {
   Vectors v;
   Norm norm = {};
   norm.channels = weight.size(0);
@@ -517,12 +499,9 @@ std::tuple<Tensor, Tensor> linear_statistics_of(const Tensor& weight, const Tens
   const int64_t in = linear.in_channels;
   double *out, *mean;
   Tensor statistics = new_statistics(norm.channels, &out), mean_x = doubles(in, &mean);
-  mbv2::linear_statistics(linear, v.doubles("sum_x", sum_x, {in}), v.doubles("gram", gram, {in, in}), pixels,
-                          mbv2::active_tier(), mbv2::torch_parallel(), out, mean);
+  mbv2::linear_statistics(linear, v.doubles("sum_x", sum_x, {in}), v.doubles("gram", gram, {in, in}),
+                          number("pixels", pixels), mbv2::active_tier(), mbv2::torch_parallel(), out, mean);
   return {statistics, mean_x};
-}
-std::tuple<Tensor, Tensor> train_linear_statistics(Tensor weight, Tensor sum_x, Tensor gram, Tensor pixels) {
-  return linear_statistics_of(weight, sum_x, gram, number("pixels", pixels));
 }
 
 std::tuple<Tensor, Tensor> train_norm(Tensor statistics, Tensor gamma, Tensor beta, double eps) {
@@ -541,7 +520,8 @@ std::tuple<Tensor, Tensor> train_fold_expand(Tensor weight, Tensor statistics, T
   const int64_t channels = linear.norm.channels, in = linear.in_channels;
   float *w1, *b1;
   Tensor weights = result({channels, in}, {in, 1}, ScalarType::Float, &w1), biases = floats(channels, &b1);
-  mbv2::fold(linear, linear.norm.fixed ? nullptr : v.doubles("mean_x", mean_x, {in}), mbv2::torch_parallel(), w1, b1);
+  mbv2::fold(linear, linear.norm.fixed ? nullptr : v.doubles("mean_x", mean_x, {in}), mbv2::active_tier(),
+             mbv2::torch_parallel(), w1, b1);
   return {weights, biases};
 }
 
@@ -605,7 +585,8 @@ Tensor train_linear_sums(Tensor weight, Tensor t) {
   const LinearNorm linear = v.linear(weight, norm);
   double* out;
   Tensor sums = doubles(norm.channels, &out);
-  mbv2::linear_sums(linear, v.floats("t", t, {norm.channels, linear.in_channels}), mbv2::torch_parallel(), out);
+  mbv2::linear_sums(linear, v.floats("t", t, {norm.channels, linear.in_channels}), mbv2::active_tier(),
+                    mbv2::torch_parallel(), out);
   return sums;
 }
 
@@ -631,206 +612,224 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_expand_backward
 }
 
 // ---- A whole block --------------------------------------------------------------------------------------------------
-// forward() and backward() of mbv2_kernels/training.py for one process: the same phases in the same order, without
-// Python between them. With more processes that share statistics, it is Python that adds up over them.
+// The chain of phases in core/train_block.h. With more processes that share statistics, it is Python that runs the
+// phases, and adds up over them.
 
-Tensor as(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+// A convolution and its BatchNorm, as they are given.
+struct Layer {
+  const Tensor* weight;  // null: there is none
+  const OptionalTensor &bias, &gamma, &beta, &mean, &var;
+};
 
-Tensor filled(int64_t channels, float value) {
-  float* to;
-  Tensor t = floats(channels, &to);
-  std::fill(to, to + channels, value);
-  return t;
-}
-
-double pixels_of(const Tensor& image) { return static_cast<double>(image.size(0) * image.size(2) * image.size(3)); }
-
-// A convolution and its BatchNorm. Weight, gamma and beta are fp32, ones and zeros where there is none.
-class Layer {
+class Block {
  public:
-  // of_batch: the batch's statistics; [0] where it takes the running ones, or has no BatchNorm
-  Layer(const Tensor& weight_given, const OptionalTensor& bias, const OptionalTensor& gamma_given,
-        const OptionalTensor& beta_given, const OptionalTensor& mean, const OptionalTensor& var, double eps_given,
-        const Tensor& of_batch)
-      : weight(as(weight_given, ScalarType::Float)),
-        gamma(gamma_given ? as(*gamma_given, ScalarType::Float) : filled(weight.size(0), 1)),
-        beta(beta_given ? as(*beta_given, ScalarType::Float) : filled(weight.size(0), 0)),
-        eps(eps_given),
-        statistics(of_batch.numel() > 0 ? of_batch : fixed_statistics(weight.size(0), bias, mean, var)) {}
-
-  bool fixed() const { return statistics.size(0) == 2; }
-  std::tuple<Tensor, Tensor> norm() const { return train_norm(statistics, gamma, beta, eps); }
-  std::tuple<Tensor, Tensor> fold(const Tensor& mean_x) const {
-    return train_fold_expand(weight, statistics, gamma, beta, eps, mean_x);
+  Block(const Tensor& x_given, const Layer& expand, const Layer& depthwise, const Layer& project,
+        const std::vector<double>& eps, int64_t stride, int64_t padding, int64_t dilation,
+        const std::string& activation, const std::string& final_activation, bool residual)
+      : layers_{expand, depthwise, project}, eps_(eps), phase_(TrainPhase::depthwise) {
+    check(eps.size() == 3, "eps must be 3 (expand, depthwise, project), got ", eps.size());
+    check_tensor("x", x_given, 4);
+    const Tensor x = channels_last(x_given);
+    phase_.depthwise(x, expand.weight != nullptr, fp32(*depthwise.weight), stride, padding, dilation, activation);
+    phase_.project(fp32(*project.weight));
+    TrainArgs& a = phase_.a;
+    a.final_activation = clamp_of("final_activation", final_activation);
+    block.w1 = expand.weight ? phase_.floats("weight1", fp32(*expand.weight), {hidden(), in()}) : nullptr;
+    block.wd = a.wd;
+    block.w2 = a.w2;
+    block.residual = residual;
+    check(!residual || (in() == out() && a.height == a.out_height && a.width == a.out_width),
+          "a block with a residual must keep x's shape ", shape_of(x));
+    a.w1 = a.wd = a.w2 = nullptr;  // not what all phases share
+    block.shape = a;
   }
 
-  Tensor weight, gamma, beta;
-  double eps;
-  Tensor statistics;
+  int64_t in() const { return phase_.a.dims.in_channels; }
+  int64_t hidden() const { return phase_.a.dims.hidden_channels; }
+  int64_t out() const { return phase_.a.dims.out_channels; }
+  ScalarType type() const { return phase_.type; }
+
+  // of_batch: the batch's statistics where the layer uses them; null: the running ones, or those of no BatchNorm
+  Norm norm(size_t layer, int64_t channels, const Tensor* of_batch) {
+    Norm norm = without_statistics(layer, channels);
+    if (of_batch)
+      norm.statistics = vectors_.doubles("statistics", *of_batch, {3, channels});
+    else
+      fix(layer, &norm);
+    return norm;
+  }
+  Norm without_statistics(size_t layer, int64_t channels) {
+    const Layer& of = layers_[layer];
+    const float* gamma = of.gamma ? vectors_.floats("gamma", fp32(*of.gamma), {channels}) : filled(channels, 1);
+    const float* beta = of.beta ? vectors_.floats("beta", fp32(*of.beta), {channels}) : filled(channels, 0);
+    return {channels, nullptr, false, gamma, beta, eps_[layer]};
+  }
+
+  const void* image(const char* name, const Tensor& t, int64_t channels) {
+    return phase_.image(name, t, channels, block.shape.out_height, block.shape.out_width);
+  }
+  Tensor new_image(int64_t channels, void** pointer) {
+    return phase_.new_image(channels, block.shape.out_height, block.shape.out_width, type(), pointer);
+  }
+  Tensor new_x(void** pointer) {
+    return phase_.new_image(in(), block.shape.height, block.shape.width, type(), pointer);
+  }
+  const double* doubles(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+    return vectors_.doubles(name, t, sizes);
+  }
+
+  mbv2::TrainBlock block = {};
 
  private:
-  static Tensor fixed_statistics(int64_t channels, const OptionalTensor& bias, const OptionalTensor& mean,
-                                 const OptionalTensor& var) {
-    double* out;
-    Tensor statistics = result({2, channels}, {channels, 1}, ScalarType::Double, &out);
-    const bool norm = mean && var;
-    Vectors v;
-    const auto doubles = [&](const char* name, const OptionalTensor& t) {
-      return t ? v.doubles(name, as(*t, ScalarType::Double), {channels}) : nullptr;
-    };
-    const double *means = norm ? doubles("mean", mean) : nullptr, *variances = norm ? doubles("var", var) : nullptr;
-    const double* biases = doubles("bias", bias);
-    for (int64_t c = 0; c < channels; ++c) {
-      out[c] = (means ? means[c] : 0) - (biases ? biases[c] : 0);
-      out[channels + c] = variances ? variances[c] : 1;
-    }
-    return statistics;
+  const Tensor& fp32(const Tensor& t) {
+    if (t.scalar_type() == ScalarType::Float) return t;
+    converted_.push_back(torch::stable::to(t, ScalarType::Float));
+    return converted_.back();
   }
+  const float* filled(int64_t channels, float value) {
+    numbers_.emplace_back(static_cast<size_t>(channels), value);
+    return numbers_.back().data();
+  }
+  void fix(size_t layer, Norm* norm) {
+    const auto& [weight, bias, gamma, beta, mean, var] = layers_[layer];
+    const int64_t channels = norm->channels;
+    const auto given = [&](const char* name, const OptionalTensor& t) {
+      return t ? vectors_.doubles(name, torch::stable::to(*t, ScalarType::Double), {channels}) : nullptr;
+    };
+    const bool both = mean && var;
+    const double *means = both ? given("mean", mean) : nullptr, *variances = both ? given("var", var) : nullptr;
+    const double* biases = given("bias", bias);
+    statistics_.emplace_back(static_cast<size_t>(2 * channels));
+    double* to = statistics_.back().data();
+    for (int64_t c = 0; c < channels; ++c) {
+      to[c] = (means ? means[c] : 0) - (biases ? biases[c] : 0);
+      to[channels + c] = variances ? variances[c] : 1;
+    }
+    norm->statistics = to;
+    norm->fixed = true;
+  }
+
+  const Layer layers_[3];
+  const std::vector<double>& eps_;
+  Phase phase_;
+  Vectors vectors_;
+  std::deque<Tensor> converted_;
+  std::deque<std::vector<float>> numbers_;
+  std::deque<std::vector<double>> statistics_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_block_forward(
-    Tensor x_given, OptionalTensor weight1, OptionalTensor bias1, OptionalTensor gamma1, OptionalTensor beta1,
+    Tensor x, OptionalTensor weight1, OptionalTensor bias1, OptionalTensor gamma1, OptionalTensor beta1,
     OptionalTensor mean1, OptionalTensor var1, Tensor weight2, OptionalTensor bias2, OptionalTensor gamma2,
     OptionalTensor beta2, OptionalTensor mean2, OptionalTensor var2, Tensor weight3, OptionalTensor bias3,
     OptionalTensor gamma3, OptionalTensor beta3, OptionalTensor mean3, OptionalTensor var3, std::vector<double> eps,
     int64_t stride, int64_t padding, int64_t dilation, std::string activation, std::string final_activation,
     bool residual, std::vector<bool> batch, bool keep) {
-  check(eps.size() == 3 && batch.size() == 3, "eps and batch must be 3 each (expand, depthwise, project), got ",
-        eps.size(), " and ", batch.size());
-  check_tensor("x", x_given, 4);
-  const Tensor x = channels_last(x_given);
-  Tensor statistics1 = none(ScalarType::Double), statistics2 = none(ScalarType::Double);
-  Tensor statistics3 = none(ScalarType::Double), mean_x = none(ScalarType::Double), sum_x = none(ScalarType::Double);
-  Tensor gram = none(ScalarType::Double), total, squares;
-
-  OptionalTensor w1, b1;
+  check(batch.size() == 3, "batch must be 3 (expand, depthwise, project), got ", batch.size());
+  Block given(x, {weight1 ? &*weight1 : nullptr, bias1, gamma1, beta1, mean1, var1},
+              {&weight2, bias2, gamma2, beta2, mean2, var2}, {&weight3, bias3, gamma3, beta3, mean3, var3}, eps, stride,
+              padding, dilation, activation, final_activation, residual);
+  mbv2::TrainForward to = {};
+  const int64_t in = given.in(), hidden = given.hidden(), out = given.out();
+  const auto norm = [&](size_t layer, int64_t channels, double** found) {
+    if (!batch[layer]) return std::make_pair(given.norm(layer, channels, nullptr), none(ScalarType::Double));
+    return std::make_pair(given.without_statistics(layer, channels), new_statistics(channels, found));
+  };
+  Tensor statistics1 = none(ScalarType::Double), statistics2 = statistics1, statistics3 = statistics1;
+  Tensor mean_x = none(ScalarType::Double), sum_x = none(ScalarType::Double), gram = none(ScalarType::Double);
   if (weight1) {
+    std::tie(given.block.expand, statistics1) = norm(0, hidden, &to.expand);
     if (batch[0]) {
-      std::tie(sum_x, gram) = train_gram(x);
-      std::tie(statistics1, mean_x) = linear_statistics_of(as(*weight1, ScalarType::Float), sum_x, gram, pixels_of(x));
+      mean_x = doubles(in, &to.mean_x);
+      sum_x = doubles(in, &to.sum_x);
+      gram = result({in, in}, {in, 1}, ScalarType::Double, &to.gram);
     }
-    std::tie(w1, b1) = Layer(*weight1, bias1, gamma1, beta1, mean1, var1, eps[0], statistics1).fold(mean_x);
   }
-
+  std::tie(given.block.depthwise, statistics2) = norm(1, hidden, &to.depthwise);
+  std::tie(given.block.project, statistics3) = norm(2, out, &to.project);
   // d is kept until z is there in lean memory too: one block's d for a moment costs less than computing it again.
-  Tensor d, z;
-  const Tensor wd = as(weight2, ScalarType::Float);
-  std::tie(d, total, squares) = train_depthwise(x, w1, b1, wd, stride, padding, dilation, activation, true);
-  if (batch[1]) statistics2 = statistics_of(total, squares, pixels_of(d));
-  const auto [scale2, shift2] = Layer(weight2, bias2, gamma2, beta2, mean2, var2, eps[1], statistics2).norm();
-
-  const Tensor w2 = as(weight3, ScalarType::Float);
-  std::tie(z, total, squares) =
-      train_project(x, d, w1, b1, wd, scale2, shift2, w2, stride, padding, dilation, activation);
-  if (batch[2]) statistics3 = statistics_of(total, squares, pixels_of(z));
-  const auto [scale3, shift3] = Layer(weight3, bias3, gamma3, beta3, mean3, var3, eps[2], statistics3).norm();
-
-  Tensor y = train_finish(z, residual ? OptionalTensor(x) : std::nullopt, scale3, shift3, final_activation);
-  if (!keep) d = none(x.scalar_type());
+  Tensor d = given.new_image(hidden, &to.d), z = given.new_image(out, &to.z), y = given.new_image(out, &to.y);
+  const Tier tier = mbv2::active_tier();
+  mbv2::train_forward(given.block, to, tier, mbv2::torch_parallel());
+  mbv2::count_call(tier);
+  if (!keep) d = none(given.type());
   return {y, d, z, statistics1, statistics2, statistics3, mean_x, sum_x, gram};
 }
 
 using BlockGradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-BlockGradients train_block_gradients(Tensor grad_given, Tensor x_given, OptionalTensor weight1, OptionalTensor bias1,
+BlockGradients train_block_gradients(Tensor grad, Tensor x, OptionalTensor weight1, OptionalTensor bias1,
                                      OptionalTensor gamma1, OptionalTensor beta1, OptionalTensor mean1,
                                      OptionalTensor var1, Tensor weight2, OptionalTensor bias2, OptionalTensor gamma2,
                                      OptionalTensor beta2, OptionalTensor mean2, OptionalTensor var2, Tensor weight3,
                                      OptionalTensor bias3, OptionalTensor gamma3, OptionalTensor beta3,
                                      OptionalTensor mean3, OptionalTensor var3, std::vector<double> eps, int64_t stride,
                                      int64_t padding, int64_t dilation, std::string activation,
-                                     std::string final_activation, bool residual, Tensor d_kept, Tensor z,
+                                     std::string final_activation, bool residual, Tensor d, Tensor z,
                                      Tensor statistics1, Tensor statistics2, Tensor statistics3, Tensor mean_x,
                                      Tensor sum_x, Tensor gram, std::vector<bool> needs, bool rounded) {
   constexpr size_t kGradients = std::tuple_size_v<BlockGradients>;
-  check(eps.size() == 3 && needs.size() == kGradients, "eps must be 3 (expand, depthwise, project) and needs ",
-        kGradients, ", got ", eps.size(), " and ", needs.size());
-  check_tensor("x", x_given, 4);
-  check_tensor("grad", grad_given, 4);
-  const Tensor x = channels_last(x_given), grad = channels_last(grad_given);
-  const auto any = [&](size_t begin, size_t end) {
-    bool found = false;
-    for (size_t i = begin; i < end; ++i) found = found || needs[i];
-    return found;
+  check(needs.size() == kGradients, "needs must be ", kGradients, ", got ", needs.size());
+  Block given(x, {weight1 ? &*weight1 : nullptr, bias1, gamma1, beta1, mean1, var1},
+              {&weight2, bias2, gamma2, beta2, mean2, var2}, {&weight3, bias3, gamma3, beta3, mean3, var3}, eps, stride,
+              padding, dilation, activation, final_activation, residual);
+  const int64_t in = given.in(), hidden = given.hidden(), out = given.out();
+  const auto norm = [&](size_t layer, int64_t channels, const Tensor& statistics) {
+    return given.norm(layer, channels, statistics.numel() > 0 ? &statistics : nullptr);
   };
-  const bool below_depthwise = any(0, 5), below_project = any(0, 9), need_wd = needs[5], need_w2 = needs[9];
-  OptionalTensor grads[kGradients];
-
-  std::optional<Layer> expand;
-  OptionalTensor w1, b1;
+  mbv2::TrainSaved saved = {};
   if (weight1) {
-    expand.emplace(*weight1, bias1, gamma1, beta1, mean1, var1, eps[0], statistics1);
-    std::tie(w1, b1) = expand->fold(mean_x);
-  }
-  const Layer depthwise(weight2, bias2, gamma2, beta2, mean2, var2, eps[1], statistics2);
-  const Layer project(weight3, bias3, gamma3, beta3, mean3, var3, eps[2], statistics3);
-  const auto [scale2, shift2] = depthwise.norm();
-  const auto [scale3, shift3] = project.norm();
-
-  // a, b, c of the way back through a BatchNorm; with fixed statistics, and nobody who asks for the gradients of its
-  // parameters, without the sums
-  struct Through {
-    Tensor a, b, c;
-  };
-  const auto through_fixed = [](const Tensor& scale) {
-    const Tensor zeros = filled(scale.size(0), 0);
-    return Through{scale, zeros, zeros};
-  };
-  const auto through = [&](const Layer& layer, const Tensor& g, const Tensor& gv, size_t first) {
-    Through t;
-    std::tie(t.a, t.b, t.c, grads[first], grads[first + 1], grads[first + 2]) =
-        train_norm_backward(layer.statistics, layer.gamma, layer.eps, g, gv, g, gv);
-    return t;
-  };
-
-  Through through3 = through_fixed(scale3), through2 = through_fixed(scale2);
-  if (any(10, 13) || (!project.fixed() && (below_project || need_w2))) {
-    const auto [g, gz] = train_finish_backward(grad, z, scale3, shift3, final_activation);
-    through3 = through(project, g, gz, 10);
-  }
-  if (below_project || need_w2) {
-    const auto& [a3, b3, c3] = through3;
-    OptionalTensor d;
-    if (d_kept.dim() == 4)
-      d = d_kept;
-    else if (rounded)
-      d = std::get<0>(train_depthwise(x, w1, b1, depthwise.weight, stride, padding, dilation, activation, true));
-    const bool need_sums = any(6, 9) || (!depthwise.fixed() && (below_depthwise || need_wd));
-    // Where d was not kept, which is for the sake of memory, neither is g2, which is as large.
-    const bool keep_g2 = d_kept.dim() == 4 && (below_depthwise || need_wd);
-    OptionalTensor g2;
-    if (need_w2 || need_sums) {
-      const auto [gw2, g, gd] = project_backward(grad, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1, b1,
-                                                 depthwise.weight, scale2, shift2, project.weight, stride, padding,
-                                                 dilation, activation, {need_w2, need_sums}, keep_g2 ? &g2 : nullptr);
-      grads[9] = gw2;
-      if (need_sums) through2 = through(depthwise, g, gd, 6);
+    given.block.expand = norm(0, hidden, statistics1);
+    if (!given.block.expand.fixed) {
+      saved.mean_x = given.doubles("mean_x", mean_x, {in});
+      saved.sum_x = given.doubles("sum_x", sum_x, {in});
+      saved.gram = given.doubles("gram", gram, {in, in});
     }
-    if (below_depthwise || need_wd) {
-      const auto& [a2, b2, c2] = through2;
-      const auto [g, gwd, t, sum_g] = depthwise_backward(
-          grad, z, scale3, shift3, a3, b3, c3, final_activation, x, d, w1, b1, depthwise.weight, scale2, shift2, a2, b2,
-          c2, project.weight, stride, padding, dilation, activation, {below_depthwise, need_wd}, g2);
-      grads[5] = gwd;
-      OptionalTensor m, c0;
-      if (expand && below_depthwise) {
-        const Tensor sum_gv = train_linear_sums(expand->weight, t);
-        std::tie(grads[1], grads[2], grads[3], grads[4], m, c0) =
-            train_expand_backward(expand->weight, *w1, expand->statistics, expand->gamma, expand->eps, t, sum_g, sum_gv,
-                                  sum_g, sum_gv, sum_x, gram, mean_x);
-        if (expand->fixed()) m = c0 = std::nullopt;
+  }
+  given.block.depthwise = norm(1, hidden, statistics2);
+  given.block.project = norm(2, out, statistics3);
+  saved.d = d.dim() == 4 ? given.image("d", d, hidden) : nullptr;
+  saved.z = given.image("z", z, out);
+  saved.rounded = rounded;
+  check_tensor("grad", grad, 4);
+  const void* gy = given.image("grad", grad, out);
+
+  mbv2::TrainGradients to = {};
+  OptionalTensor grads[kGradients];
+  grads[0] = needs[0] ? given.new_x(&to.x) : none(given.type());
+  // Like the leaf, but for its type, and strides of memory in another order.
+  const auto learned = [&](size_t first, const Tensor* weight, int64_t channels, mbv2::LayerGradients* layer) {
+    float** const to_vectors[] = {&layer->bias, &layer->gamma, &layer->beta};
+    if (needs[first] && weight && weight->dim() == 4) {
+      int64_t sizes[4], strides[4], dense = 1;
+      const bool contiguous = weight->is_contiguous();
+      for (int64_t i = 3; i >= 0; dense *= sizes[i--]) {
+        sizes[i] = weight->size(i);
+        strides[i] = contiguous ? weight->stride(i) : dense;
       }
-      if (needs[0])
-        grads[0] = m || residual || x.scalar_type() != ScalarType::Float
-                       ? train_input_backward(g, x, m, c0, residual ? OptionalTensor(grad) : std::nullopt)
-                       : g;  // nothing is to be added, or rounded
+      grads[first] = result({sizes[0], sizes[1], sizes[2], sizes[3]}, {strides[0], strides[1], strides[2], strides[3]},
+                            ScalarType::Float, &layer->weight);
+    } else {
+      grads[first] = none(given.type());
     }
-  }
+    for (size_t i = 1; i < 4; ++i)
+      grads[first + i] = needs[first + i] && weight ? floats(channels, to_vectors[i - 1]) : none(given.type());
+  };
+  learned(1, weight1 ? &*weight1 : nullptr, hidden, &to.expand);
+  learned(5, &weight2, hidden, &to.depthwise);
+  learned(9, &weight3, out, &to.project);
 
-  const auto found = [&](size_t i) { return needs[i] && grads[i] ? *grads[i] : none(x.scalar_type()); };
-  return {found(0), found(1), found(2), found(3),  found(4),  found(5), found(6),
-          found(7), found(8), found(9), found(10), found(11), found(12)};
+  std::vector<Tensor> images;
+  const auto image = [&images](int64_t bytes) {
+    images.push_back(empty({bytes}, {1}, ScalarType::Byte));
+    return images.back().mutable_data_ptr();
+  };
+  const Tier tier = mbv2::active_tier();
+  mbv2::train_backward(given.block, gy, saved, to, image, tier, mbv2::torch_parallel());
+  mbv2::count_call(tier);
+  return {*grads[0], *grads[1], *grads[2], *grads[3],  *grads[4],  *grads[5], *grads[6],
+          *grads[7], *grads[8], *grads[9], *grads[10], *grads[11], *grads[12]};
 }
 
 }  // namespace

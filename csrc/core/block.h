@@ -126,6 +126,7 @@ struct TrainPlan;
 struct TrainItem;
 template <class T>
 struct StripProduct;  // train_norm.h
+struct RowKernels;    // rows.h
 struct WindowArgs;    // train_window.h
 struct WindowItem;
 
@@ -149,6 +150,7 @@ struct TierKernels {
   void (*window_work)(const WindowArgs&, const ConvLayout&, const WindowItem&, float* scratch);
   void (*multiply_doubles)(const StripProduct<double>&);
   void (*multiply_floats)(const StripProduct<float>&);
+  const RowKernels* rows;
   // `iterations` times kFmaChains independent multiply-adds a lane; the value returned only keeps them alive
   float (*fma_chains)(int64_t iterations);
   // Of the tier that computes in fp16: weights as such; false if one becomes infinite.

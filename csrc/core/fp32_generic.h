@@ -11,6 +11,7 @@
 #include "block_generic.h"
 #include "conv_generic.h"
 #include "linear_generic.h"
+#include "rows_generic.h"
 #include "train_generic.h"
 #include "train_window_generic.h"
 
@@ -30,4 +31,5 @@ static constexpr TierKernels kKernels = {V::width,
                                          window_work,
                                          multiply<double>,
                                          multiply<float>,
+                                         &kRowKernels,
                                          fma_chains};

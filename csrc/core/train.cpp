@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "pack.h"
+#include "rows.h"
 #include "scratch.h"
 
 namespace mbv2 {
@@ -208,53 +209,61 @@ struct Slots {
   const double* sums;
   const float* matrices;
   int64_t hidden_padded;
+  const RowKernels& kernels;
 
-  // body(column, sum) for columns [begin, end) of a row. Several at a time, as memory has them.
-  template <class Body>
-  void sum(int64_t row, int64_t begin, int64_t end, const Body& body) const {
-    constexpr int64_t kColumns = 32;
-    for (; begin < end; begin += kColumns) {
-      const int64_t width = std::min(kColumns, end - begin);
-      double total[kColumns] = {};
-      for (int64_t slot = 0; slot < plan.slots; ++slot) {
-        const double* from = sums + (slot * plan.sum_rows + row) * plan.sum_width + begin;
-        for (int64_t c = 0; c < width; ++c) total[c] += from[c];
-      }
-      for (int64_t c = 0; c < width; ++c) body(begin + c, total[c]);
-    }
+  // Columns [begin, end) of a row of all slots' sums; 0 without a slot.
+  void sum(int64_t row, int64_t begin, int64_t end, double* to) const {
+    if (plan.slots == 0) return std::fill(to, to + (end - begin), 0.0);
+    kernels.sum_doubles(sums + row * plan.sum_width + begin, plan.sum_rows * plan.sum_width, plan.slots, end - begin,
+                        to);
+  }
+  // The same of their matrices.
+  void sum(int64_t row, int64_t begin, int64_t end, float* to) const {
+    if (plan.slots == 0) return std::fill(to, to + (end - begin), 0.0f);
+    kernels.sum_floats(matrices + row * hidden_padded + begin, plan.matrix_rows * hidden_padded, plan.slots,
+                       end - begin, to);
   }
 };
 
-template <class T>
-void add_sums(const Slots& slots, int64_t row, int64_t channels, int64_t stride, T* out) {
-  if (out) slots.sum(row, 0, channels, [&](int64_t c, double sum) { out[c * stride] = static_cast<T>(sum); });
+void add_sums(const Slots& slots, int64_t row, int64_t channels, double* out) {
+  if (out) slots.sum(row, 0, channels, out);
 }
 
 void add_gram(const Slots& slots, int64_t channels, double* gram, const Parallel& parallel) {
-  parallel_for(parallel, channels, [&](int64_t i) {
-    slots.sum(1 + i, i, channels,
-              [&](int64_t j, double sum) { gram[i * channels + j] = gram[j * channels + i] = sum; });
-  });
+  parallel_for(parallel, channels, [&](int64_t i) { slots.sum(1 + i, i, channels, gram + i * channels + i); });
+  for (int64_t i = 0; i < channels; ++i)
+    for (int64_t j = 0; j < i; ++j) gram[i * channels + j] = gram[j * channels + i];
 }
 
-// out[row * row_stride + c * channel_stride], in tiles so that a transposed matrix is written by whole cache lines.
-void add_matrices(const Slots& slots, int64_t channels, int64_t row_stride, int64_t channel_stride, float* out,
-                  const Parallel& parallel) {
-  constexpr int64_t kRows = 16, kColumns = 64;
+// gwd [channel][tap]
+void add_taps(const Slots& slots, int64_t channels, int64_t taps, float* gwd) {
+  constexpr int64_t kColumns = 256;
+  double sums[kColumns];
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t begin = 0; begin < channels; begin += kColumns) {
+      const int64_t end = std::min(begin + kColumns, channels);
+      slots.sum(1 + tap, begin, end, sums);
+      for (int64_t c = begin; c < end; ++c) gwd[c * taps + tap] = static_cast<float>(sums[c - begin]);
+    }
+}
+
+void add_matrices(const Slots& slots, int64_t channels, float* out, const Parallel& parallel) {
+  parallel_for(parallel, slots.plan.matrix_rows,
+               [&](int64_t row) { slots.sum(row, 0, channels, out + row * channels); });
+}
+
+// out [channel][row], in tiles so that it is written by whole cache lines.
+void add_matrices_transposed(const Slots& slots, int64_t channels, float* out, const Parallel& parallel) {
+  constexpr int64_t kRows = 16, kColumns = 128;
   const int64_t rows = slots.plan.matrix_rows;
   const int64_t down = ceil_divide(rows, kRows), across = ceil_divide(channels, kColumns);
   parallel_for(parallel, down * across, [&](int64_t tile) {
     const int64_t row = tile / across * kRows, column = tile % across * kColumns;
     const int64_t height = std::min(kRows, rows - row), width = std::min(kColumns, channels - column);
-    double total[kRows][kColumns] = {};
-    for (int64_t slot = 0; slot < slots.plan.slots; ++slot) {
-      const float* from = slots.matrices + (slot * rows + row) * slots.hidden_padded + column;
-      for (int64_t r = 0; r < height; ++r, from += slots.hidden_padded)
-        for (int64_t c = 0; c < width; ++c) total[r][c] += static_cast<double>(from[c]);
-    }
+    float sums[kRows][kColumns];
+    for (int64_t r = 0; r < height; ++r) slots.sum(row + r, column, column + width, sums[r]);
     for (int64_t c = 0; c < width; ++c)
-      for (int64_t r = 0; r < height; ++r)
-        out[(row + r) * row_stride + (column + c) * channel_stride] = static_cast<float>(total[r][c]);
+      for (int64_t r = 0; r < height; ++r) out[(column + c) * rows + row + r] = sums[r][c];
   });
 }
 
@@ -263,22 +272,22 @@ void add_up(const TrainArgs& a, const Slots& slots, const Parallel& parallel) {
   const int64_t taps = a.dims.kernel * a.dims.kernel;
   switch (a.phase) {
     case TrainPhase::gram:
-      add_sums(slots, 0, in, 1, a.sum);
+      add_sums(slots, 0, in, a.sum);
       return add_gram(slots, in, a.gram, parallel);
     case TrainPhase::project:
     case TrainPhase::finish_backward:
-      add_sums(slots, 0, out, 1, a.sum);
-      return add_sums(slots, 1, out, 1, a.sum_product);
+      add_sums(slots, 0, out, a.sum);
+      return add_sums(slots, 1, out, a.sum_product);
     case TrainPhase::depthwise:
     case TrainPhase::project_backward:
-      add_sums(slots, 0, hidden, 1, a.sum);
-      add_sums(slots, 1, hidden, 1, a.sum_product);
-      if (a.gw2) add_matrices(slots, hidden, hidden, 1, a.gw2, parallel);
+      add_sums(slots, 0, hidden, a.sum);
+      add_sums(slots, 1, hidden, a.sum_product);
+      if (a.gw2) add_matrices(slots, hidden, a.gw2, parallel);
       return;
     case TrainPhase::depthwise_backward:
-      add_sums(slots, 0, hidden, 1, a.sum);
-      for (int64_t t = 0; a.gwd && t < taps; ++t) add_sums(slots, 1 + t, hidden, taps, a.gwd + t);
-      if (a.t) add_matrices(slots, hidden, 1, in, a.t, parallel);
+      add_sums(slots, 0, hidden, a.sum);
+      if (a.gwd) add_taps(slots, hidden, taps, a.gwd);
+      if (a.t) add_matrices_transposed(slots, hidden, a.t, parallel);
       return;
     case TrainPhase::finish:
     case TrainPhase::input_backward:
@@ -301,7 +310,7 @@ void run_train(const TrainArgs& given, Tier tier, const Parallel& parallel) {
   TrainPlan plan = make_train_plan(a, l, parallel.threads);
   if (pixels_of(a) == 0) {
     plan.slots = 0;
-    return add_up(a, {plan, nullptr, nullptr, l.hidden_padded}, parallel);
+    return add_up(a, {plan, nullptr, nullptr, l.hidden_padded, *kernels.rows}, parallel);
   }
   float* packed = parameters.reserve(static_cast<size_t>(l.size));
   packing.write(packed, parallel);
@@ -335,7 +344,7 @@ void run_train(const TrainArgs& given, Tier tier, const Parallel& parallel) {
       std::fill(item.sums + row * plan.sum_width + first, item.sums + row * plan.sum_width + end, 0.0);
     kernels.train_work(a, l, plan, item, packed, thread_scratch().reserve(kernels.train_scratch_floats(a, l, plan)));
   });
-  add_up(a, {plan, sums, matrices, l.hidden_padded}, parallel);
+  add_up(a, {plan, sums, matrices, l.hidden_padded, *kernels.rows}, parallel);
   if (rows) {
     constexpr int64_t kBlock = 4096;
     parallel_for(parallel, ceil_divide(rows_size, kBlock), [&](int64_t block) {

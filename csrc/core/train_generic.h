@@ -76,17 +76,6 @@ NOINLINE void outer_product(int64_t width, const float* a, int64_t lda, int64_t 
 
 // ---- The products that train_norm.cpp takes -------------------------------------------------------------------------
 
-template <class T>
-struct Register;  // of a tier's size, not aligned
-template <>
-struct Register<float> {
-  typedef float Type __attribute__((vector_size(4 * V::width), aligned(4), may_alias));
-};
-template <>
-struct Register<double> {
-  typedef double Type __attribute__((vector_size(4 * V::width), aligned(8), may_alias));
-};
-
 template <int Height, class T>
 ALWAYS_INLINE void strip_tile(const StripProduct<T>& m, int64_t row) {
   using R = typename Register<T>::Type;
@@ -333,12 +322,10 @@ struct Lanes {
 
 // In halves, as many lanes as a register has doubles. GCC 12 would convert and add them one by one.
 static ALWAYS_INLINE void add_lanes(double* sums, V::T v) {
-  using Doubles = Register<double>::Type;
-  typedef float Half __attribute__((vector_size(2 * V::width), aligned(4), may_alias));
   float lanes[V::width];
   V::store(lanes, v);
-  UNROLL for (int half = 0; half < 2; ++half) reinterpret_cast<Doubles*>(sums)[half] +=
-      __builtin_convertvector(reinterpret_cast<const Half*>(lanes)[half], Doubles);
+  UNROLL for (int half = 0; half < 2; ++half, sums += kDoubles)
+      put_row(sums, widened(sums) + widened(lanes + half * kDoubles));
 }
 
 // A pass takes a pixel's neighbouring vectors of channels together, up to a panel of them: memory is read and written

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "pack.h"
+#include "rows.h"
 #include "scratch.h"
 
 namespace mbv2 {
@@ -55,17 +56,6 @@ void put(const NormGradients& out, int64_t at, const ChannelBackward& back) {
   put(out.bias, at, back.bias);
   put(out.gamma, at, back.gamma);
   put(out.beta, at, back.beta);
-}
-
-// In several parts: one sum alone would wait for its last addition.
-template <class A, class B>
-double dot(const A* a, const B* b, int64_t n) {
-  double sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4)
-    for (int64_t j = 0; j < 4; ++j) sums[j] += static_cast<double>(a[i + j]) * static_cast<double>(b[i + j]);
-  for (; i < n; ++i) sums[0] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  return sums[0] + sums[1] + (sums[2] + sums[3]);
 }
 
 // Calls body(begin, end) for runs of rows, each worth a thread's while, and whole units but the last.
@@ -154,32 +144,33 @@ void linear_statistics(const LinearNorm& linear, const double* sum_x, const doub
   };
   times_matrix<double, Shape::upper>(linear, covariance, kernels, parallel,
                                      [&](int64_t c, const double* weight, const double* product) {
-                                       const double var = dot(weight, product, in);
-                                       out[c] = dot(weight, mean_x, in);
+                                       const double var = kernels.rows->dot_doubles(weight, product, in);
+                                       out[c] = kernels.rows->dot_doubles(weight, mean_x, in);
                                        out[channels + c] = var < 0 ? 0 : var;
                                        out[2 * channels + c] = pixels;
                                      });
 }
 
-void fold(const LinearNorm& linear, const double* mean_x, const Parallel& parallel, float* w1, float* b1) {
+void fold(const LinearNorm& linear, const double* mean_x, Tier tier, const Parallel& parallel, float* w1, float* b1) {
+  const RowKernels& rows = *tier_kernels(tier)->rows;
   const int64_t in = linear.in_channels;
   for_rows(linear.norm.channels, 1, 8 * in, parallel, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const Channel channel(linear.norm, c);
       float* to = w1 + c * in;
-      for (int64_t i = 0; i < in; ++i)
-        to[i] = static_cast<float>(static_cast<double>(linear.weight[c * in + i]) * channel.scale);
+      rows.scale(channel.scale, linear.weight + c * in, in, to);
       double shift = channel.shift(linear.norm, c);
-      if (!linear.norm.fixed) shift += channel.scale * channel.centre - dot(to, mean_x, in);
+      if (!linear.norm.fixed) shift += channel.scale * channel.centre - rows.dot_mixed(to, mean_x, in);
       b1[c] = static_cast<float>(shift);
     }
   });
 }
 
-void linear_sums(const LinearNorm& linear, const float* t, const Parallel& parallel, double* sums) {
+void linear_sums(const LinearNorm& linear, const float* t, Tier tier, const Parallel& parallel, double* sums) {
+  const RowKernels& rows = *tier_kernels(tier)->rows;
   const int64_t in = linear.in_channels;
   for_rows(linear.norm.channels, 1, 8 * in, parallel, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) sums[c] = dot(linear.weight + c * in, t + c * in, in);
+    for (int64_t c = begin; c < end; ++c) sums[c] = rows.dot(linear.weight + c * in, t + c * in, in);
   });
 }
 
@@ -196,9 +187,7 @@ void linear_backward(const LinearNorm& linear, const float* w1, const float* t, 
   }
   const auto back = [&](int64_t c) -> const ChannelBackward& { return backs[static_cast<size_t>(c)]; };
   if (linear.norm.fixed) {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = c * in; i < (c + 1) * in; ++i)
-        out.weight[i] = static_cast<float>(back(c).a * static_cast<double>(t[i]));
+    for (int64_t c = 0; c < channels; ++c) kernels.rows->scale(back(c).a, t + c * in, in, out.weight + c * in);
     return;
   }
   // The products of x's deviations from its mean: of numbers that large means do not drown, in fp32.
@@ -209,11 +198,7 @@ void linear_backward(const LinearNorm& linear, const float* w1, const float* t, 
   times_matrix<float, Shape::any>(
       linear, products, kernels, parallel, [&](int64_t c, const float* weight, const float* product) {
         const ChannelBackward& of = back(c);
-        const float* from = t + c * in;
-        float* to = out.weight + c * in;
-        for (int64_t i = 0; i < in; ++i)
-          to[i] = static_cast<float>(of.a * static_cast<double>(from[i]) +
-                                     (of.b * static_cast<double>(product[i]) + of.mean * sum_x[i]));
+        kernels.rows->combine(of.a, t + c * in, of.b, product, of.mean, sum_x, in, out.weight + c * in);
         const float b = static_cast<float>(of.b);
         for (int64_t at = 0; at < strips; ++at) {
           float *w = right + at * strip + c * width, *bw = left + at * strip + c * width;
@@ -236,7 +221,7 @@ void linear_backward(const LinearNorm& linear, const float* w1, const float* t, 
           multiply(kernels,
                    StripProduct<float>{left + down * strip + c * width, 1, width, right + across * strip + c * width,
                                        width, std::min(kRun, channels - c), tile, width});
-          for (int64_t i = 0; i < width * width; ++i) sums[i] += static_cast<double>(tile[i]);
+          kernels.rows->add_scaled(1, tile, width * width, sums);
         }
         for (int64_t i = down * width; i < std::min((down + 1) * width, in); ++i)
           for (int64_t j = std::max(across * width, i); j < std::min((across + 1) * width, in); ++j)
@@ -248,9 +233,10 @@ void linear_backward(const LinearNorm& linear, const float* w1, const float* t, 
   std::vector<double> c0(static_cast<size_t>(in));
   for (int64_t c = 0; c < channels; ++c) {
     const double mean_g = sums.all_g[c] / Channel(linear.norm, c).pixels;
-    for (int64_t i = 0; i < in; ++i) c0[static_cast<size_t>(i)] += mean_g * static_cast<double>(w1[c * in + i]);
+    kernels.rows->add_scaled(mean_g, w1 + c * in, in, c0.data());
   }
-  for (int64_t i = 0; i < in; ++i) put(out.c0, i, c0[static_cast<size_t>(i)] - dot(out.m + i * in, mean_x, in));
+  for (int64_t i = 0; i < in; ++i)
+    put(out.c0, i, c0[static_cast<size_t>(i)] - kernels.rows->dot_mixed(out.m + i * in, mean_x, in));
 }
 
 }  // namespace mbv2

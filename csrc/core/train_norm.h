@@ -40,8 +40,8 @@ void norm_backward(const Norm& norm, const NormSums& sums, const NormGradients& 
 // out [3][channels], mean_x [in_channels]; from sums of x and x x^T. Of `linear.norm` only the channels are read.
 void linear_statistics(const LinearNorm& linear, const double* sum_x, const double* gram, double pixels, Tier tier,
                        const Parallel& parallel, double* out, double* mean_x);
-void fold(const LinearNorm& linear, const double* mean_x, const Parallel& parallel, float* w1, float* b1);
-void linear_sums(const LinearNorm& linear, const float* t, const Parallel& parallel, double* sums);
+void fold(const LinearNorm& linear, const double* mean_x, Tier tier, const Parallel& parallel, float* w1, float* b1);
+void linear_sums(const LinearNorm& linear, const float* t, Tier tier, const Parallel& parallel, double* sums);
 
 struct LinearGradients {
   NormGradients norm;      // a, b, c null

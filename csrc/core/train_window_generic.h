@@ -8,9 +8,6 @@
 
 // ---- Outer products in double precision -----------------------------------------------------------------------------
 
-using Doubles = Register<double>::Type;
-constexpr int kDoubles = V::width / 2;
-
 // sums[i][j] += sum_p a[p][i] * b[p][j], a tile of it; pixels are a_step and b_step values apart.
 template <int Height, int Width>
 NOINLINE void double_outer_tile(const double* a, int64_t a_step, const double* b, int64_t b_step, int64_t pixels,

@@ -4,6 +4,7 @@
 #include "block.h"
 #include "conv.h"
 #include "linear.h"
+#include "rows.h"
 #include "train.h"
 #include "train_norm.h"
 #include "train_window.h"

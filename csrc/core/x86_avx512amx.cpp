@@ -594,7 +594,8 @@ static void conv_work(const ConvArgs& a, const ConvLayout& l, const ConvItem& it
 
 extern const TierKernels kernels_avx512amx;
 const TierKernels kernels_avx512amx = {
-    V::width, V::kMaxPanel, 0,       scratch_floats, work,    nullptr, conv_scratch_floats, conv_work, nullptr, nullptr,
-    nullptr,  nullptr,      nullptr, nullptr,        nullptr, nullptr, fma_chains,          nullptr,   1};
+    V::width,  V::kMaxPanel, 0,       scratch_floats, work,    nullptr, conv_scratch_floats,
+    conv_work, nullptr,      nullptr, nullptr,        nullptr, nullptr, nullptr,
+    nullptr,   nullptr,      nullptr, fma_chains,     nullptr, 1};
 
 }  // namespace mbv2

@@ -877,7 +877,8 @@ static void conv_work(const ConvArgs& a, const ConvLayout& l, const ConvItem& it
 extern const TierKernels kernels_avx512bf16x3;
 const TierKernels kernels_avx512bf16x3 = {
     // the rest is avx512's: block.cpp
-    V::width, V::kMaxPanel, 0,       scratch_floats, work,    nullptr, conv_scratch_floats, conv_work, nullptr, nullptr,
-    nullptr,  nullptr,      nullptr, nullptr,        nullptr, nullptr, fma_chains,          nullptr,   3};
+    V::width,  V::kMaxPanel, 0,       scratch_floats, work,    nullptr, conv_scratch_floats,
+    conv_work, nullptr,      nullptr, nullptr,        nullptr, nullptr, nullptr,
+    nullptr,   nullptr,      nullptr, fma_chains,     nullptr, 3};
 
 }  // namespace mbv2

@@ -72,6 +72,6 @@ extern const TierKernels kernels_avx512fp16;
 const TierKernels kernels_avx512fp16 = {
     V::width,  V::kMaxPanel, V::kPairedPanel, scratch_floats, work,    finish,  conv_scratch_floats,
     conv_work, nullptr,      nullptr,         nullptr,        nullptr, nullptr, nullptr,
-    nullptr,   nullptr,      fma_chains,      narrow};
+    nullptr,   nullptr,      nullptr,         fma_chains,     narrow};
 
 }  // namespace mbv2
