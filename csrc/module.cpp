@@ -101,7 +101,7 @@ PYBIND11_MODULE(_C, m) {
         "GFLOP/s of one thread that does nothing but the tier's fused multiply-adds.");
   py::class_<mbv2::Watch>(m, "Watch", "What modules and their tensors looked like, and whether they still do.")
       .def(py::init<const py::iterable&>(), py::arg("modules"),
-           "modules: (module, plain, forward, children, settings, present, tensors) each; see csrc/watch.h.")
+           "modules: (module, plain, forward, children, settings, present, tensors, moving) each; see csrc/watch.h.")
       .def("unchanged", &mbv2::Watch::unchanged, "True if everything still looks the same; False: look closer.");
   py::class_<mbv2::Shortcut>(m, "Shortcut", "An op's call that was found to be all there is to do, while it is.")
       .def(py::init<py::object, const py::iterable&, const py::object&, const py::iterable&, const py::iterable&,

@@ -67,13 +67,14 @@ inline const DlpackApi* dlpack_api(const py::object& type) {
 // into it. Tensors are held: they own no modules.
 class Watch {
  public:
-  // modules: (module, plain, forward, children, settings, present, tensors) each.
+  // modules: (module, plain, forward, children, settings, present, tensors, moving) each.
   //   plain: no hooks, no compiled call, and on the instance the forward `forward`, or none if that is None
   //   children: (name, module) pairs, all it has
   //   settings: (name, value) pairs among its attributes; (name,) is not to be there
   //   present: names of buffers that are not None
   //   tensors: (store, name) each, store "_parameters" or "_buffers": the tensor there, or None, has to stay the same,
   //     in its version, at its address, with its dtype, shape and strides
+  //   moving: the same but for version and address: training changes what is in it
   // Raises std::runtime_error for tensors that cannot be watched: those made in inference mode have no version, and a
   // torch without this DLPack interface cannot tell an address fast.
   explicit Watch(const py::iterable& modules) {
@@ -101,12 +102,13 @@ class Watch {
         described.settings.emplace_back(pair[0], owns ? weak(value) : value);
       }
       for (const py::handle name : fields[5]) described.present.emplace_back(py::reinterpret_borrow<py::object>(name));
-      for (const py::handle place : fields[6]) {
-        const auto where = py::cast<py::tuple>(place);
-        const py::object store = where[0], tensor = fields[0].attr(store)[where[1]];
-        described.tensors.push_back({store.equal(buffers_), where[1], tensor});
-        if (!tensor.is_none()) add_tensor(tensor);
-      }
+      for (const int field : {6, 7})
+        for (const py::handle place : fields[static_cast<size_t>(field)]) {
+          const auto where = py::cast<py::tuple>(place);
+          const py::object store = where[0], tensor = fields[0].attr(store)[where[1]];
+          described.tensors.push_back({store.equal(buffers_), where[1], tensor});
+          if (!tensor.is_none()) add_tensor(tensor, field == 7);
+        }
       seen.parent = !described.children.empty();
       seen.places = !described.present.empty() || !described.tensors.empty();
       seen.tensors_end = tensors_.size();
@@ -149,7 +151,7 @@ class Watch {
   // What is read in every look is packed into few cache lines: after a network has run none of it is in L2.
   struct SeenTensor {
     PyObject* tensor;
-    const PyGetSetDef* version_getter;
+    const PyGetSetDef* version_getter;  // null for one that may move
     uint64_t version;
     const DlpackApi* api;  // null for a BatchNorm's count of batches, whose memory nobody reads here
     const void* data;
@@ -168,9 +170,12 @@ class Watch {
   // Modules whose lines are fetched ahead of the one that is looked at.
   static constexpr size_t kAhead = 6;
 
-  void add_tensor(const py::object& tensor) {
-    SeenTensor seen = {tensor.ptr(), version_getter(tensor), 0, dlpack_api(py::type::of(tensor)), nullptr, 0, 0};
-    seen.version = version_of(seen);
+  void add_tensor(const py::object& tensor, bool moves) {
+    SeenTensor seen = {tensor.ptr(), nullptr, 0, dlpack_api(py::type::of(tensor)), nullptr, 0, 0};
+    if (!moves) {
+      seen.version_getter = version_getter(tensor);
+      seen.version = version_of(seen);
+    }
     const DlpackTensor now = look(seen);
     seen.data = now.data;
     seen.type = type_of(now);
@@ -257,10 +262,11 @@ class Watch {
   static bool same(const SeenTensor& seen, const int64_t** geometry) {
     const int64_t* last = *geometry;
     *geometry += 2 * seen.dims;
-    if (version_of(seen) != seen.version) return false;
+    const bool moves = !seen.version_getter;
+    if (!moves && version_of(seen) != seen.version) return false;
     if (!seen.api) return true;
     const DlpackTensor now = look(seen);
-    return now.data == seen.data && type_of(now) == seen.type && static_cast<size_t>(now.dims) == seen.dims &&
+    return (moves || now.data == seen.data) && type_of(now) == seen.type && static_cast<size_t>(now.dims) == seen.dims &&
            std::equal(now.shape, now.shape + seen.dims, last) &&
            std::equal(now.strides, now.strides + seen.dims, last + seen.dims);
   }

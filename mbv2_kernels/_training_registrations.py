@@ -98,12 +98,15 @@ def _train_block(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _train_block_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) if g is None else g for g in _block_gradients(grad, x, *args))
+
+
+def _block_gradients(grad: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
     tensors, eps, config, step, rest = _read(args)
     saved, needs = Saved(*rest[:-1]), rest[-1]
     if len(needs) != _N_LEARNED:
         raise ValueError(f"needs must be {_N_LEARNED} (x, and four of each layer), got {len(needs)}")
-    grads = training.backward(grad, x, tensors, eps, config, step, saved, needs)
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    return training.backward(grad, x, tensors, eps, config, step, saved, needs)
 
 
 def _train_layer(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -113,11 +116,14 @@ def _train_layer(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _train_layer_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) if g is None else g for g in _layer_gradients(grad, x, *args))
+
+
+def _layer_gradients(grad: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
     layer, eps, config, group, (*saved, needs) = _read_layer(args)
     if len(needs) != _N_LAYER_LEARNED:
         raise ValueError(f"needs must be {_N_LAYER_LEARNED} (x, and four of the layer), got {len(needs)}")
-    grads = training.layer_backward(grad, x, layer, eps, config, group, SavedLayer(*saved), needs)
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    return training.layer_backward(grad, x, layer, eps, config, group, SavedLayer(*saved), needs)
 
 
 _LIBRARY.impl("train_layer", _train_layer, "CompositeExplicitAutograd")
@@ -335,12 +341,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     learned = _leaves(ctx.needs_input_grad[0], ctx.needs_input_grad[1:])
-    grads: list[Tensor | None] = [None] * _N_LEARNED
+    grads: Any = [None] * _N_LEARNED
     if grad is not None:
         kept = ctx.saved_tensors  # once: checkpointing computes them anew at every access
-        run = _train_block_backward if _is_last_derivative(grad) else _ops.train_block_backward
-        needed = run(grad, *kept[: 1 + _N_BLOCK], *ctx.block, *kept[1 + _N_BLOCK :], learned)
-        grads = [g if need else None for g, need in zip(needed, learned, strict=True)]
+        run = _block_gradients if _is_last_derivative(grad) else _ops.train_block_backward
+        grads = run(grad, *kept[: 1 + _N_BLOCK], *ctx.block, *kept[1 + _N_BLOCK :], learned)
+        if run is not _block_gradients:
+            grads = [g if need else None for g, need in zip(grads, learned, strict=True)]
     grad_x, *rest = grads
     layers = (grad for i in (0, 4, 8) for grad in (*rest[i : i + 4], None, None))
     return grad_x, *layers, *(None,) * len(ctx.block)
@@ -356,13 +363,14 @@ def _setup_layer_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _layer_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     learned = ctx.needs_input_grad[:_N_LAYER_LEARNED]
-    grads: list[Tensor | None] = [None] * _N_LAYER_LEARNED
+    grads: Any = [None] * _N_LAYER_LEARNED
     if grad is not None:
         kept = ctx.saved_tensors
         inputs, saved = kept[:_N_LAYER_LEARNED], kept[_N_LAYER_LEARNED:]
-        run = _train_layer_backward if _is_last_derivative(grad) else _ops.train_layer_backward
-        needed = run(grad, *inputs, *ctx.layer, *saved, learned)
-        grads = [g if need else None for g, need in zip(needed, learned, strict=True)]
+        run = _layer_gradients if _is_last_derivative(grad) else _ops.train_layer_backward
+        grads = run(grad, *inputs, *ctx.layer, *saved, learned)
+        if run is not _layer_gradients:
+            grads = [g if need else None for g, need in zip(grads, learned, strict=True)]
     return *grads, *(None,) * len(ctx.layer)
 
 

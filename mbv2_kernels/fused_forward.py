@@ -7,6 +7,7 @@ all there is to undo.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ from .backends import UNCHECKED, get_backend, packed_block, packed_layer, traini
 from .fold import BlockTensors, Layer, Run, memo
 from .functional import is_transformed, run_block, run_layer
 from .reference import ACTIVATIONS
-from .shortcut import UNPLANNED, Look, is_quiet, shortcut, watch
+from .shortcut import UNPLANNED, Look, is_quiet, is_quiet_training, shortcut, training_shortcut, watch
 from .training import is_pointwise
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ NO_FIT = "input does not fit the block"  # the original modules say so in their 
 TRAINING = "training: original modules"  # how every reason of that kind begins
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
+# Names of their tensors.
+_OF_CONV = ("weight", "bias")
+_OF_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class FusedForward:
@@ -66,12 +70,13 @@ class FusedForward:
         self._watch: _C.Watch | None = None
         self._shortcut: _C.Shortcut | None = None
         self._epoch: object = None  # the memo's when the block last ran without one
+        self._trained: list[int] = []  # the tensors with which it last did so in training
         self._step_dims: list[int] = []
         self._step_numbers: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Of the modules of one process; made anew when needed.
-        return {**vars(self), "_watch": None, "_shortcut": None, "_epoch": None}
+        return {**vars(self), "_watch": None, "_shortcut": None, "_epoch": None, "_trained": []}
 
     @property
     def __code__(self) -> Any:
@@ -110,8 +115,7 @@ class FusedForward:
     def _looks(self) -> Iterator[Look]:
         """What `refusal` asks for; stricter only where that costs a closer look."""
         evaluating = (("training", False),)
-        for module, children, settings in self.watched:
-            yield Look(module, module is not self.block, None, children, settings)
+        yield from self._module_looks()
         for norm in self.norms:
             batch_statistics = hasattr(norm, "track_running_stats")
             settings = evaluating if batch_statistics else ()
@@ -121,16 +125,34 @@ class FusedForward:
         if self.eval_only:
             yield Look(self.block, settings=evaluating)
 
+    def _module_looks(self) -> Iterator[Look]:
+        for module, children, settings in self.watched:
+            yield Look(module, module is not self.block, None, children, settings)
+
+    def training_looks(self) -> Iterator[Look]:
+        """All that a step of training depends on, apart from its input and the values of its tensors."""
+        yield from self._module_looks()
+        for drop in self.drops:
+            yield Look(drop, settings=(("training", False),))
+        for layer in self.layers:
+            if layer is None:
+                continue
+            conv, norm = layer
+            yield Look(conv, moving=_places(conv, _OF_CONV))
+            if norm is not None:
+                names = [name for name in ("training", "eps", "momentum", "track_running_stats") if name in vars(norm)]
+                settings = tuple((name, getattr(norm, name)) for name in names)
+                yield Look(norm, settings=settings, moving=_places(norm, _OF_NORM))
+
     def step_looks(self) -> Iterator[Look]:
         """All that `step` depends on, apart from dtype, its tier and the memo."""
         yield from self._looks()
         for layer in self.layers:
             if layer is None:
                 continue
-            yield Look(layer.conv, tensors=_places(layer.conv, ("weight", "bias")))
+            yield Look(layer.conv, tensors=_places(layer.conv, _OF_CONV))
             if layer.norm is not None:
-                names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-                yield Look(layer.norm, settings=(("eps", layer.norm.eps),), tensors=_places(layer.norm, names))
+                yield Look(layer.norm, settings=(("eps", layer.norm.eps),), tensors=_places(layer.norm, _OF_NORM))
 
     def refusal(self) -> str | None:
         """Why the original modules would run now, whatever the input; None if nothing stands against the kernel."""
@@ -211,10 +233,28 @@ class FusedForward:
         y = self._train_step(x, tensors)
         if not torch.compiler.is_compiling():
             self.last_run = memo.last_run(self._training_tensors(tensors))  # fully_shard's weights are gone afterwards
+            self._plan_training(x, tensors)
         return y
+
+    def _plan_training(self, x: Tensor, tensors: Any) -> None:
+        """Makes steps on images like x short, if this one met the tensors of the one before."""
+        before, self._trained = self._trained, [id(t) for t in tensors]
+        if before != self._trained or UNPLANNED or x.shape[0] < training_forward.Again.LEAST_IMAGES:
+            return
+        if not is_quiet_training(x) or self._has_parametrized_weights():
+            return
+        if any(isinstance(norm, nn.SyncBatchNorm) for norm in self.norms):  # which may find its processes later
+            return
+        again = self._train_again(tensors)
+        if again.usual:
+            with contextlib.suppress(RuntimeError):  # tensors of a kind that cannot be watched
+                self._shortcut = training_shortcut(again, watch(self.training_looks()), x)
 
     def _train_step(self, x: Tensor, tensors: Any) -> Tensor:
         return training_forward.train_block(x, self.layers, tensors, self.eps(), self.config, self.memory)
+
+    def _train_again(self, tensors: Any) -> training_forward.Again:
+        return training_forward.block_again(self.layers, tensors, self.eps(), self.config, self.memory)
 
     def _training_tensors(self, tensors: Any) -> Any:
         return training_forward.without_running_statistics(
@@ -331,6 +371,9 @@ class FusedLayer(FusedForward):
 
     def _train_step(self, x: Tensor, tensors: Layer) -> Tensor:
         return training_forward.train_layer(x, self.layer, tensors, self.eps(), self.config)
+
+    def _train_again(self, tensors: Layer) -> training_forward.Again:
+        return training_forward.layer_again(self.layer, tensors, self.eps(), self.config)
 
     def tensors(self) -> Layer:
         return Layer._make(_layer_tensors(self.layer))

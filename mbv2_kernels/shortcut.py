@@ -26,13 +26,13 @@ from .fold import memo
 UNPLANNED = "" if hasattr(Tensor, "__dlpack_c_exchange_api__") else "this torch has no DLPack interface for C"
 
 # What says whether anything is going on that wants to see more than one op for many modules: all answer falsely if not.
-_QUESTIONS: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
-    (torch.is_grad_enabled, ()),
+_TRAINING_QUESTIONS: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
     (torch._C._is_any_autocast_enabled, ()),
     (torch._C._get_tracing_state, ()),
     (peek_interpreter_stack, ()),
     (_has_any_global_hook, ()),
 )
+_QUESTIONS = ((torch.is_grad_enabled, ()), *_TRAINING_QUESTIONS)
 
 
 class Look(NamedTuple):
@@ -45,6 +45,7 @@ class Look(NamedTuple):
     settings: tuple[tuple[Any, ...], ...] = ()  # (name, value); (name,): not on the instance
     present: tuple[str, ...] = ()  # buffers
     tensors: tuple[tuple[str, str], ...] = ()  # "_parameters" or "_buffers", name
+    moving: tuple[tuple[str, str], ...] = ()  # the same, but what is in them may change
 
 
 def watch(looks: Iterable[Look]) -> _C.Watch:
@@ -68,14 +69,14 @@ def is_image(x: Any) -> bool:
     return type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.layout is torch.strided
 
 
-def is_quiet(x: Any) -> bool:
+def is_quiet(x: Any, questions: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]] = _QUESTIONS) -> bool:
     """Whether x is what the packed ops can take, and nothing is going on that wants to see every module's call."""
     return (
         is_image(x)
         and x.dtype in KERNEL_DTYPES
         and get_backend() in ("auto", "cpu")
         and forward_ad._current_level < 0
-        and not any(function(*arguments) for function, arguments in _QUESTIONS)
+        and not any(function(*arguments) for function, arguments in questions)
     )
 
 
@@ -102,3 +103,18 @@ def shortcut(
     if dtype is torch.float16:  # `backends.tier_of`; the rest of it is in csrc/shortcut.h
         variables.append((vars(backends), "_fp16_accumulation", backends._fp16_accumulation))
     return _C.Shortcut(op, arguments, images, _QUESTIONS, variables, watch)
+
+
+def training_shortcut(step: Callable[[Tensor], Tensor | None], watch: _C.Watch, x: Tensor) -> _C.Shortcut:
+    """The same for a step of training on images like x, where gradients may be on and no memo is asked."""
+    images = torch.empty_strided((2**31, x.shape[1], 0, 0), (0, 0, 0, 0), dtype=x.dtype, device="cpu")
+    variables = [
+        (vars(backends), "_backend", backends._backend),
+        (vars(forward_ad), "_current_level", forward_ad._current_level),
+    ]
+    return _C.Shortcut(step, (), images, _TRAINING_QUESTIONS, variables, watch)
+
+
+def is_quiet_training(x: Any) -> bool:
+    """`is_quiet` for a step of training."""
+    return is_quiet(x, _TRAINING_QUESTIONS)

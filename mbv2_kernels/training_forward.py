@@ -18,6 +18,7 @@ from . import reference
 from ._training_registrations import TrainBlockFunction, TrainLayerFunction, is_plain
 from .backends import BlockConfig, LayerConfig
 from .fold import BlockTensors, Eps, Layer
+from .training import Saved, SavedLayer
 
 if TYPE_CHECKING:
     from .recognise import ConvNorm
@@ -35,6 +36,35 @@ def uses_batch_statistics(norm: nn.Module | None) -> bool:
     return norm is not None and norm.training and hasattr(norm, "track_running_stats")
 
 
+class _Norm(NamedTuple):
+    """A BatchNorm that keeps running statistics, and what it takes to update them."""
+
+    module: Any
+    conv_bias: Tensor | None
+    group: str
+    place: int  # of its statistics, among the outputs of a step
+
+
+class _Call(NamedTuple):
+    """A step of training, apart from its input."""
+
+    arguments: tuple[Any, ...]  # of the op, after x
+    norms: list[_Norm]
+
+
+def _block_call(
+    layers: Sequence[ConvNorm | None], tensors: BlockTensors, eps: Eps, config: BlockConfig, memory: str
+) -> _Call:
+    norms: list[Any] = [None if layer is None else layer.norm for layer in layers]
+    batch = [uses_batch_statistics(norm) for norm in norms]
+    groups = [sync_group(norm) if used else "" for norm, used in zip(norms, batch, strict=True)]
+    biases = tensors.expand_bias, tensors.depthwise_bias, tensors.project_bias
+    arguments = (*without_running_statistics(tensors, batch), eps, *config, batch, groups, memory == "fast")
+    places = range(1 + Saved._fields.index("expand_statistics"), len(norms) + 3)
+    found = zip(batch, norms, biases, groups, places, strict=True)
+    return _Call(arguments, [_Norm(*row) for used, *row in found if used and row[0].track_running_stats])
+
+
 def train_block(
     x: Tensor, layers: Sequence[ConvNorm | None], tensors: BlockTensors, eps: Eps, config: BlockConfig, memory: str
 ) -> Tensor:
@@ -43,43 +73,79 @@ def train_block(
     x [N, Cin, H, W]; returns [N, Cout, Ho, Wo] in x's dtype, channels_last. Raises ValueError as torch does for a
     BatchNorm that sees one value a channel.
     """
-    norms = [None if layer is None else layer.norm for layer in layers]
-    batch = [uses_batch_statistics(norm) for norm in norms]
-    groups = [sync_group(norm) if used else "" for norm, used in zip(norms, batch, strict=True)]
+    call = _block_call(layers, tensors, eps, config, memory)
+    *_, batch, groups, _ = call.arguments
     _check_block(x, tensors, config, batch, groups)
-    run = _apply(TrainBlockFunction, torch.ops.mbv2.train_block, x)
-    y, _, _, *statistics = run(
-        x, *without_running_statistics(tensors, batch), eps, *config, batch, groups, memory == "fast"
-    )
-    biases = tensors.expand_bias, tensors.depthwise_bias, tensors.project_bias
-    _update_running_statistics(
-        x.shape[0] == 0,
-        [
-            _Running(*row)
-            for used, *row in zip(batch, norms, biases, groups, statistics, strict=False)
-            if used and row[0].track_running_stats
-        ],
-    )
-    return y
+    return _run(TrainBlockFunction, torch.ops.mbv2.train_block, x, call)
+
+
+def block_again(
+    layers: Sequence[ConvNorm | None], tensors: BlockTensors, eps: Eps, config: BlockConfig, memory: str
+) -> Again:
+    """`train_block`, but for x."""
+    return Again(TrainBlockFunction, _block_call(layers, tensors, eps, config, memory))
+
+
+def _layer_call(layer: ConvNorm, tensors: Layer, eps: float, config: LayerConfig) -> _Call:
+    group = sync_group(layer.norm)
+    norm: Any = layer.norm
+    place = 1 + SavedLayer._fields.index("statistics")
+    norms = [_Norm(norm, tensors.bias, group, place)] if norm.track_running_stats else []
+    return _Call((*tensors[:4], eps, *config, group), norms)
 
 
 def train_layer(x: Tensor, layer: ConvNorm, tensors: Layer, eps: float, config: LayerConfig) -> Tensor:
     """The same for a dense convolution whose BatchNorm is in training mode."""
-    group = sync_group(layer.norm)
+    call = _layer_call(layer, tensors, eps, config)
     channels, kernel_size = tensors.weight.shape[0], tensors.weight.shape[-1]
     size = [reference.output_size(size, kernel_size, config.stride, config.padding, 1) for size in x.shape[2:]]
-    _check_values_per_channel(x, channels, size, group)
-    run = _apply(TrainLayerFunction, torch.ops.mbv2.train_layer, x)
-    y, _, statistics, *_ = run(x, *tensors[:4], eps, *config, group)
-    norm: Any = layer.norm
-    if norm.track_running_stats:
-        _update_running_statistics(x.shape[0] == 0, [_Running(norm, tensors.bias, group, statistics)])
-    return y
+    _check_values_per_channel(x, channels, size, call.arguments[-1])
+    return _run(TrainLayerFunction, torch.ops.mbv2.train_layer, x, call)
 
 
-def _apply(function: type[torch.autograd.Function], op: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """What runs a step on x: the Function spares plain eager tensors the dispatcher's way through autograd."""
-    return function.apply if is_plain(x) else op
+def layer_again(layer: ConvNorm, tensors: Layer, eps: float, config: LayerConfig) -> Again:
+    """`train_layer`, but for x."""
+    return Again(TrainLayerFunction, _layer_call(layer, tensors, eps, config))
+
+
+def _run(function: type[torch.autograd.Function], op: Callable[..., Any], x: Tensor, call: _Call) -> Tensor:
+    # The Function spares plain eager tensors the dispatcher's way through autograd.
+    outputs = (function.apply if is_plain(x) else op)(x, *call.arguments)
+    _update_running_statistics(x.shape[0] == 0, call.norms, [outputs[norm.place] for norm in call.norms])
+    return outputs[0]
+
+
+class Again:
+    """A step as it was, on another x of the same dtype and channels, in as little Python as can be.
+
+    For eager tensors and without process groups; whether all else is as it was is for the caller to know. It holds no
+    modules.
+    """
+
+    LEAST_IMAGES = 2  # with fewer a BatchNorm may see one value a channel
+
+    def __init__(self, function: type[torch.autograd.Function], call: _Call) -> None:
+        self.apply = function.apply
+        self.arguments = call.arguments
+        self.places = [norm.place for norm in call.norms]
+        self.running = _running(call.norms)
+        biases, means, variances, counts, _ = self.running
+        self.changed = [*means, *variances, *counts]
+        floats = [*means, *variances, *(bias for bias in biases if bias is not None)]
+        #: Whether the running statistics are of the usual kind.
+        self.usual = all(t.dtype is torch.float32 and t.is_contiguous() and t.is_cpu for t in floats)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """None if x asks for a closer look, or a running statistic is no longer usual. Then nothing has changed."""
+        if x.shape[0] < self.LEAST_IMAGES:
+            return None
+        outputs: tuple[Tensor, ...] = self.apply(x, *self.arguments)
+        if self.places:
+            with torch.no_grad():
+                if not _UPDATE([outputs[place] for place in self.places], *self.running):
+                    return None
+            torch.autograd.graph.increment_version(self.changed)  # which only the dispatcher's own ops do
+        return outputs[0]
 
 
 def without_running_statistics(tensors: _Tensors, batch: Sequence[bool]) -> _Tensors:
@@ -119,16 +185,7 @@ def _check_values_per_channel(x: Tensor, channels: int, size: Sequence[int], gro
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
 
-class _Running(NamedTuple):
-    """A BatchNorm that keeps running statistics, and what it takes to update them."""
-
-    norm: Any
-    conv_bias: Tensor | None
-    group: str
-    statistics: Tensor
-
-
-def _update_running_statistics(empty: bool, norms: Sequence[_Running]) -> None:
+def _update_running_statistics(empty: bool, norms: Sequence[_Norm], statistics: Sequence[Tensor]) -> None:
     """As nn.BatchNorm2d: unbiased variance, momentum, or the cumulative average where momentum is None.
 
     An empty batch only counts, where no process has more.
@@ -136,13 +193,16 @@ def _update_running_statistics(empty: bool, norms: Sequence[_Running]) -> None:
     if not norms:
         return
     with torch.no_grad():
-        if not empty and all(is_plain(row.statistics) for row in norms) and _updated_in_one_op(norms):
-            return
-        for norm, conv_bias, group, statistics in norms:
+        if not empty and all(map(is_plain, statistics)):
+            running = _running(norms)
+            if _UPDATE(statistics, *running):
+                torch.autograd.graph.increment_version([t for tensors in running[1:4] for t in tensors])
+                return
+        for (norm, conv_bias, group, _), found in zip(norms, statistics, strict=True):
             norm.num_batches_tracked.add_(1)
             if empty and not group:
                 continue
-            mean, var, pixels = statistics.unbind()
+            mean, var, pixels = found.unbind()
             if conv_bias is not None:
                 mean = mean + conv_bias
             var = var * (pixels / (pixels - 1))
@@ -153,15 +213,16 @@ def _update_running_statistics(empty: bool, norms: Sequence[_Running]) -> None:
                 own.lerp_(new.to(own.dtype), factor if isinstance(factor, float) else factor.to(own.dtype))
 
 
-def _updated_in_one_op(norms: Sequence[_Running]) -> bool:
-    """False, and nothing has changed, where a tensor is not one that the op takes."""
+def _running(norms: Sequence[_Norm]) -> tuple[list[Any], ...]:
+    """What the op that updates running statistics takes after the new ones; it changes the second to the fourth.
+
+    It returns False, and nothing has changed, where a tensor is not one that it takes.
+    """
     own = [norm._buffers for norm, *_ in norms]  # an attribute of a module that is none of the instance costs a call
-    means, variances = [b["running_mean"] for b in own], [b["running_var"] for b in own]
-    counts = [b["num_batches_tracked"] for b in own]
-    momenta = [math.nan if norm.momentum is None else norm.momentum for norm, *_ in norms]
-    if not _UPDATE(
-        [row.statistics for row in norms], [row.conv_bias for row in norms], means, variances, counts, momenta
-    ):
-        return False
-    torch.autograd.graph.increment_version([*means, *variances, *counts])  # which only the dispatcher's own ops do
-    return True
+    return (
+        [norm.conv_bias for norm in norms],
+        [b["running_mean"] for b in own],
+        [b["running_var"] for b in own],
+        [b["num_batches_tracked"] for b in own],
+        [math.nan if norm.momentum is None else norm.momentum for norm, *_ in norms],
+    )
