@@ -148,7 +148,7 @@ struct Block {
     });
     const bool residual = a.stride == 1 && in == out;
     if (!a.m && !residual) return g;
-    float* gx = memory(size);
+    float* gx = g;
     add(TrainPhase::input_backward, 2.0 * static_cast<double>(a.m ? size * in : 0), [&](TrainArgs& p) {
       p.g = g, p.gx = gx;
       if (!residual) p.gy = nullptr;

@@ -23,7 +23,7 @@
 //   finish_backward      gy, z                   sum g3, g3 z
 //   project_backward     gy, z, x or d           sum g2, g2 d;  gw2 = gz h^T;  gh or g2
 //   depthwise_backward   gy, z, x, d (or g2)     g = w1^T g1 (or g1);  sum g1;  gwd = gd x e;  t = g1 x^T
-//   input_backward       g, x, gy                gx
+//   input_backward       g, x, gy                gx, which may be g's memory
 //
 // The hidden tensors e, h and their gradients exist only as a few rows of one chunk of channels, like in inference; d
 // is kept if the caller wants (d not null), else computed again from x. So is g2 between the two backward phases, else
@@ -79,7 +79,7 @@ struct TrainArgs {
 void run_train(const TrainArgs& args, Tier tier, const Parallel& parallel);
 
 // Whether g2 is worth being kept where d is, measured (csrc/TUNING.md).
-inline bool keeps_g2(const BlockDims& dims) { return dims.out_channels >= 64; }
+inline bool keeps_g2(const BlockDims& dims) { return dims.out_channels >= 64 || !dims.expand; }
 
 // ---- Parameters as the kernels read them ----------------------------------------------------------------------------
 // Offsets in floats of matrices in panels (block.h, "Packed weights") and of vectors padded with zeros. Packed anew in

@@ -224,7 +224,8 @@ void train_backward(const TrainBlock& block, const void* gy, const TrainSaved& s
   if (!of_depthwise) return;
   if (!need_sums) phases.back_fixed(&norm2, hidden);
 
-  // g is the gradient of x where nothing is to be added, or rounded.
+  // g lies where the gradient of x will, in fp32, and is that where nothing is to be added.
+  const bool in_place = out.x && s.dtype == DType::f32;
   const bool linear = s.dims.expand && !block.expand.fixed;  // m x + c0 belongs to it
   const int64_t values_of_x = s.batch * s.height * s.width * in;
   TrainArgs depthwise = phases.with_depthwise(phases.phase(TrainPhase::depthwise_backward));
@@ -236,8 +237,7 @@ void train_backward(const TrainBlock& block, const void* gy, const TrainSaved& s
   depthwise.w2 = block.w2;
   depthwise.g2 = g2;
   depthwise.gwd = out.depthwise.weight;
-  const bool g_is_gx = out.x && !linear && !block.residual && s.dtype == DType::f32;
-  if (below_depthwise) depthwise.g_out = static_cast<float*>(g_is_gx ? out.x : image(4 * values_of_x));
+  if (below_depthwise) depthwise.g_out = static_cast<float*>(in_place ? out.x : image(4 * values_of_x));
   const bool expand = s.dims.expand && below_depthwise;
   if (expand) {
     depthwise.t = phases.numbers.floats(hidden * in);
@@ -260,7 +260,7 @@ void train_backward(const TrainBlock& block, const void* gy, const TrainSaved& s
     linear_backward(layer, phases.folded(), depthwise.t, {depthwise.sum, sum_gv, depthwise.sum, sum_gv}, saved.sum_x,
                     saved.gram, saved.mean_x, tier, parallel, gradients);
   }
-  if (!out.x || g_is_gx) return;
+  if (!out.x || (in_place && !linear && !block.residual)) return;
   input = phases.with_x(input);
   input.g = depthwise.g_out;
   if (block.residual) input.gy = gy;

@@ -1425,7 +1425,8 @@ struct TrainWork {
         const int64_t at = pixel * in_channels + c;
         const Element* gy = static_cast<const Element*>(a.gy) + at;
         Element* gx = static_cast<Element*>(a.gx) + at;
-        write_pixels(gx, in_channels, a.batch * a.height * a.width, [&](auto store) __attribute__((always_inline)) {
+        const int64_t fresh = a.gx == a.g ? 0 : a.batch * a.height * a.width;  // what was just read is in the caches
+        write_pixels(gx, in_channels, fresh, [&](auto store) __attribute__((always_inline)) {
           for (int64_t p = 0; p < pixels; ++p) UNROLL for (int v = 0; v < kVectors; ++v) {
               const int64_t i = p * in_channels;
               V::T value = wide.load(a.g + at + i, v);

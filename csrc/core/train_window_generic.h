@@ -21,6 +21,20 @@ NOINLINE void double_outer_tile(const double* a, int64_t a_step, const double* b
       UNROLL for (int j = 0; j < Width; ++j) reinterpret_cast<Doubles*>(sums + i * pitch)[j] += acc[i][j];
 }
 
+// The sums of b alone, in several parts: one would wait for its last addition at every pixel.
+template <int Width>
+NOINLINE void double_sums(const double* b, int64_t b_step, int64_t pixels, double* sums) {
+  constexpr int kParts = 4;
+  Doubles parts[kParts][Width] = {};
+  for (; pixels >= kParts; pixels -= kParts)
+    UNROLL for (int part = 0; part < kParts; ++part, b += b_step) UNROLL for (int j = 0; j < Width; ++j)
+        parts[part][j] += widened(b + j * kDoubles);
+  for (; pixels > 0; --pixels, b += b_step)
+    UNROLL for (int j = 0; j < Width; ++j) parts[0][j] += widened(b + j * kDoubles);
+  UNROLL for (int j = 0; j < Width; ++j) put_row(
+      sums + j * kDoubles, widened(sums + j * kDoubles) + ((parts[0][j] + parts[1][j]) + (parts[2][j] + parts[3][j])));
+}
+
 template <int Height, int Width>
 ALWAYS_INLINE void double_outer_rows(const double* a, int64_t a_step, int64_t rows, const double* b, int64_t b_step,
                                      int64_t pixels, double* sums, int64_t pitch) {
@@ -29,13 +43,21 @@ ALWAYS_INLINE void double_outer_rows(const double* a, int64_t a_step, int64_t ro
   if constexpr (Height > 1) double_outer_rows<Height - 1, Width>(a, a_step, rows, b, b_step, pixels, sums, pitch);
 }
 
-// `rows` values of a against `vectors` registers of b. A tile of 3 x 3 is as large as AVX2's registers allow.
+// `rows` values of a against `vectors` registers of b, and the sums of b if `totals`. A tile has nine rows, those of
+// three pixels in three colours, or three: 3 x 3 is as large as AVX2's registers allow.
 template <int Width = 3>
 ALWAYS_INLINE void double_outer_product(const double* a, int64_t a_step, int64_t rows, const double* b, int64_t b_step,
-                                        int64_t vectors, int64_t pixels, double* sums, int64_t pitch) {
-  for (; vectors >= Width; vectors -= Width, b += Width * kDoubles, sums += Width * kDoubles)
-    double_outer_rows<3, Width>(a, a_step, rows, b, b_step, pixels, sums, pitch);
-  if constexpr (Width > 1) double_outer_product<Width - 1>(a, a_step, rows, b, b_step, vectors, pixels, sums, pitch);
+                                        int64_t vectors, int64_t pixels, double* sums, int64_t pitch, double* totals) {
+  constexpr int kHeight = V::kMaxRows[2] >= 8 ? 9 : 3;
+  for (; vectors >= Width; vectors -= Width, b += Width * kDoubles, sums += Width * kDoubles) {
+    double_outer_rows<kHeight, Width>(a, a_step, rows, b, b_step, pixels, sums, pitch);
+    if (totals) {
+      double_sums<Width>(b, b_step, pixels, totals);
+      totals += Width * kDoubles;
+    }
+  }
+  if constexpr (Width > 1)
+    double_outer_product<Width - 1>(a, a_step, rows, b, b_step, vectors, pixels, sums, pitch, totals);
 }
 
 // ---- One work item --------------------------------------------------------------------------------------------------
@@ -99,6 +121,13 @@ struct WindowWork {
         panels{0, 0, 0, ceil_div(l_.out_padded / V::width, l_.panel)},
         conv(a, l_, panels, scratch_) {}
 
+  // A row's planes -> pixels. Of a picture: twice as fast as with a number of channels that is not known here.
+  template <int Channels, class Value>
+  void interleave(const float* planes, Value* out) const {
+    for (int64_t p = 0; p < b.columns; ++p)
+      UNROLL for (int c = 0; c < Channels; ++c)* out++ = static_cast<Value>(planes[c * b.columns + p]);
+  }
+
   template <class Value>
   void copy_row(int64_t image, int64_t row, Value* out) const {
     const int64_t size = b.columns * channels;
@@ -114,6 +143,7 @@ struct WindowWork {
       for (int64_t i = 0; i < size; ++i) out[i] = static_cast<Value>(copy[i]);
       return;
     }
+    if (channels == 3) return interleave<3>(copy, out);
     for (int64_t c = 0; c < channels; ++c, copy += b.columns)
       for (int64_t p = 0; p < b.columns; ++p) out[p * channels + c] = static_cast<Value>(copy[p]);
   }
@@ -142,15 +172,13 @@ struct WindowWork {
 
   void gram() const {
     const int64_t run_pitch = item.pitch / kernel, vectors = ceil_div(run, kDoubles);
-    const double one = 1;
     for_each_line<double>([&](int64_t, const double* rows) __attribute__((always_inline)) {
       for (int64_t right = 0; right < kernel; ++right) {
         const double* of = rows + right * b.pitch;
         double* sums = item.sums + right * run_pitch;
-        double_outer_product(&one, 0, 1, of, step, vectors, a.out_width, sums, item.pitch);
         for (int64_t left = 0; left <= right; ++left)
           double_outer_product(rows + left * b.pitch, step, run, of, step, vectors, a.out_width,
-                               sums + (1 + left * run) * item.pitch, item.pitch);
+                               sums + (1 + left * run) * item.pitch, item.pitch, left == 0 ? sums : nullptr);
       }
     });
   }
@@ -159,18 +187,21 @@ struct WindowWork {
   void through_activation(int64_t pixel, float* e) const {
     const int64_t out_channels = a.dims.out_channels, pitch = l.out_padded;
     const Open open(a.activation);
-    for (int64_t c = 0; c < out_channels; c += V::width) {
-      const Lanes<Storage> lanes(out_channels - c);
+    for_panels(out_channels, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
+      constexpr int kVectors = decltype(vectors)::count;
+      const PanelLanes<Storage, kVectors> lanes(out_channels - c);
       const Element* gy = static_cast<const Element*>(w.gy) + pixel * out_channels + c;
-      PixelSums<1> sum;
-      for_pixels(Vectors<1>(), a.out_width, [&](int64_t p, int part) __attribute__((always_inline)) {
-        float* at = e + p * pitch + c;
-        const V::T kept = open.keep(lanes.load(gy + p * out_channels), V::load(at));
-        V::store(at, kept);
-        sum.add(part, 0, kept);
+      PixelSums<kVectors> sum;
+      for_pixels(vectors, a.out_width, [&](int64_t p, int part) __attribute__((always_inline)) {
+        UNROLL for (int v = 0; v < kVectors; ++v) {
+          float* at = e + p * pitch + c + v * V::width;
+          const V::T kept = open.keep(lanes.load(gy + p * out_channels, v), V::load(at));
+          V::store(at, kept);
+          sum.add(part, v, kept);
+        }
       });
       sum.add_to(item.sums + c);
-    }
+    });
   }
 
   void backward() const {
