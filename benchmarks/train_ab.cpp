@@ -69,6 +69,7 @@ void batch_norm(const TrainArgs& a, int64_t channels, double pixels, const float
 struct Block {
   TrainArgs all = {};  // what any of its phases takes
   double expand, depthwise, project;
+  const float* kept_e = nullptr;
   std::string label;
 
   Block(int64_t batch, int64_t in, int64_t expansion, int64_t out, int64_t stride, int64_t size, const float* x)
@@ -100,12 +101,14 @@ struct Block {
     const int64_t widest = hidden > in * in ? hidden : in * in;
     double *sum = doubles(widest), *product = doubles(widest);
     float* d = memory(batch * out_size * out_size * hidden);
+    float* e = keeps_e(a) ? memory(batch * size * size * hidden) : nullptr;
     if (a.dims.expand) {
       const double flop = static_cast<double>(batch * size * size * in * in);
       add(TrainPhase::gram, flop, [&](TrainArgs& p) { p.sum = sum, p.gram = product; });
     }
     const TrainArgs& of_d = add(TrainPhase::depthwise, expand + depthwise,
-                                [&](TrainArgs& p) { p.d_out = d, p.sum = sum, p.sum_product = product; });
+                                [&](TrainArgs& p) { p.d_out = d, p.e_out = e, p.sum = sum, p.sum_product = product; });
+    kept_e = e;
     batch_norm(of_d, hidden, pixels, &a.scale2, &a.shift2);
     a.d = d;
     float* z = memory(batch * out_size * out_size * out);
@@ -140,9 +143,10 @@ struct Block {
     add(TrainPhase::project_backward, 2 * project,
         [&](TrainArgs& p) { p.gw2 = gw2, p.g2_out = g2, p.sum = sum, p.sum_product = product; });
     a.g2 = g2;
+    a.e = kept_e;
     const int64_t size = a.batch * a.height * a.width * in;
     float *g = memory(size), *t = memory(hidden * in), *gwd = memory(hidden * 9);
-    add(TrainPhase::depthwise_backward, 3 * expand + 2 * depthwise + (g2 ? 0 : project), [&](TrainArgs& p) {
+    add(TrainPhase::depthwise_backward, (a.e ? 2 : 3) * expand + 2 * depthwise + (g2 ? 0 : project), [&](TrainArgs& p) {
       p.g_out = g, p.gwd = gwd;
       if (a.dims.expand) p.t = t, p.sum = sum;
     });

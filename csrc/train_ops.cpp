@@ -668,8 +668,18 @@ class Block {
   const void* image(const char* name, const Tensor& t, int64_t channels) {
     return phase_.image(name, t, channels, block.shape.out_height, block.shape.out_width);
   }
+  // of x's height and width
+  const void* image_of_x(const char* name, const Tensor& t, int64_t channels) {
+    return phase_.image(name, t, channels, block.shape.height, block.shape.width);
+  }
   Tensor new_image(int64_t channels, void** pointer) {
     return phase_.new_image(channels, block.shape.out_height, block.shape.out_width, type(), pointer);
+  }
+  Tensor new_e(float** pointer) {
+    void* memory;
+    Tensor e = phase_.new_image(hidden(), block.shape.height, block.shape.width, ScalarType::Float, &memory);
+    *pointer = static_cast<float*>(memory);
+    return e;
   }
   Tensor new_x(void** pointer) {
     return phase_.new_image(in(), block.shape.height, block.shape.width, type(), pointer);
@@ -718,13 +728,13 @@ class Block {
   std::deque<std::vector<double>> statistics_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_block_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_block_forward(
     Tensor x, OptionalTensor weight1, OptionalTensor bias1, OptionalTensor gamma1, OptionalTensor beta1,
     OptionalTensor mean1, OptionalTensor var1, Tensor weight2, OptionalTensor bias2, OptionalTensor gamma2,
     OptionalTensor beta2, OptionalTensor mean2, OptionalTensor var2, Tensor weight3, OptionalTensor bias3,
     OptionalTensor gamma3, OptionalTensor beta3, OptionalTensor mean3, OptionalTensor var3, std::vector<double> eps,
     int64_t stride, int64_t padding, int64_t dilation, std::string activation, std::string final_activation,
-    bool residual, std::vector<bool> batch, bool keep) {
+    bool residual, std::vector<bool> batch, bool keep, bool keep_e) {
   check(batch.size() == 3, "batch must be 3 (expand, depthwise, project), got ", batch.size());
   Block given(x, {weight1 ? &*weight1 : nullptr, bias1, gamma1, beta1, mean1, var1},
               {&weight2, bias2, gamma2, beta2, mean2, var2}, {&weight3, bias3, gamma3, beta3, mean3, var3}, eps, stride,
@@ -749,11 +759,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   std::tie(given.block.project, statistics3) = norm(2, out, &to.project);
   // d is kept until z is there in lean memory too: one block's d for a moment costs less than computing it again.
   Tensor d = given.new_image(hidden, &to.d), z = given.new_image(out, &to.z), y = given.new_image(out, &to.y);
+  Tensor e = none(ScalarType::Float);
+  if (keep && keep_e && mbv2::keeps_e(given.block.shape)) e = given.new_e(&to.e);
   const Tier tier = mbv2::active_tier();
   mbv2::train_forward(given.block, to, tier, mbv2::torch_parallel());
   mbv2::count_call(tier);
   if (!keep) d = none(given.type());
-  return {y, d, z, statistics1, statistics2, statistics3, mean_x, sum_x, gram};
+  return {y, d, z, statistics1, statistics2, statistics3, mean_x, sum_x, gram, e};
 }
 
 using BlockGradients =
@@ -768,7 +780,7 @@ BlockGradients train_block_gradients(Tensor grad, Tensor x, OptionalTensor weigh
                                      int64_t padding, int64_t dilation, std::string activation,
                                      std::string final_activation, bool residual, Tensor d, Tensor z,
                                      Tensor statistics1, Tensor statistics2, Tensor statistics3, Tensor mean_x,
-                                     Tensor sum_x, Tensor gram, std::vector<bool> needs, bool rounded) {
+                                     Tensor sum_x, Tensor gram, Tensor e, std::vector<bool> needs, bool rounded) {
   constexpr size_t kGradients = std::tuple_size_v<BlockGradients>;
   check(needs.size() == kGradients, "needs must be ", kGradients, ", got ", needs.size());
   Block given(x, {weight1 ? &*weight1 : nullptr, bias1, gamma1, beta1, mean1, var1},
@@ -791,6 +803,10 @@ BlockGradients train_block_gradients(Tensor grad, Tensor x, OptionalTensor weigh
   given.block.project = norm(2, out, statistics3);
   saved.d = d.dim() == 4 ? given.image("d", d, hidden) : nullptr;
   saved.z = given.image("z", z, out);
+  if (e.dim() == 4) {
+    check(saved.d && mbv2::keeps_e(given.block.shape), "e is not kept of such a block");
+    saved.e = static_cast<const float*>(given.image_of_x("e", e, hidden));
+  }
   saved.rounded = rounded;
   check_tensor("grad", grad, 4);
   const void* gy = given.image("grad", grad, out);
@@ -887,12 +903,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mbv2, m) {
   "Tensor weight3, Tensor? bias3, Tensor? gamma3, Tensor? beta3, Tensor? mean3, Tensor? var3, "  \
   "float[] eps, int stride, int padding, int dilation, str activation, str final_activation, bool residual, "
   m.def("train_block_forward(Tensor x, " MBV2_BLOCK
-        "bool[3] batch, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "train_block_gradients(Tensor grad, Tensor x, " MBV2_BLOCK
-      "Tensor d, Tensor z, Tensor statistics1, Tensor statistics2, Tensor statistics3, Tensor mean_x, Tensor sum_x, "
-      "Tensor gram, bool[13] needs, bool rounded) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "bool[3] batch, bool keep, bool keep_e) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+        "Tensor, Tensor)");
+  m.def("train_block_gradients(Tensor grad, Tensor x, " MBV2_BLOCK
+        "Tensor d, Tensor z, Tensor statistics1, Tensor statistics2, Tensor statistics3, Tensor mean_x, Tensor sum_x, "
+        "Tensor gram, Tensor e, bool[13] needs, bool rounded) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+        "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 #undef MBV2_BLOCK
 }
 

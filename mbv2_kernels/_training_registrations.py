@@ -34,6 +34,7 @@ from .training import Saved, SavedLayer, Step
 
 _BLOCK = f"{_BLOCK_TENSORS}, float[] eps, {_CONFIG}, bool[3] batch, str[] groups, bool keep"
 _SAVED = ", ".join(f"Tensor {field}" for field in Saved._fields)
+_N_KEPT = 1 + _N_BLOCK + len(Saved._fields)
 _N_LEARNED = 13  # x, and weight, bias, gamma, beta of three layers
 _LAYER = (
     "Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, float eps, int stride, int padding, str activation, "
@@ -93,7 +94,7 @@ def _read_layer(args: tuple[Any, ...]) -> tuple[Layer, float, LayerConfig, str, 
 
 def _train_block(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     tensors, eps, config, step, _ = _read(args)
-    y, saved = training.forward(x, tensors, eps, config, step)
+    y, saved, _ = training.forward(x, tensors, eps, config, step)
     return y, *saved
 
 
@@ -101,12 +102,12 @@ def _train_block_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, 
     return tuple(x.new_empty(0) if g is None else g for g in _block_gradients(grad, x, *args))
 
 
-def _block_gradients(grad: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
+def _block_gradients(grad: Tensor, x: Tensor, *args: Any, e: Tensor | None = None) -> list[Tensor | None]:
     tensors, eps, config, step, rest = _read(args)
     saved, needs = Saved(*rest[:-1]), rest[-1]
     if len(needs) != _N_LEARNED:
         raise ValueError(f"needs must be {_N_LEARNED} (x, and four of each layer), got {len(needs)}")
-    return training.backward(grad, x, tensors, eps, config, step, saved, needs)
+    return training.backward(grad, x, tensors, eps, config, step, saved, needs, e=e)
 
 
 def _train_layer(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -339,14 +340,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.block = inputs[1 + _N_BLOCK :]
 
 
+def _keep_e(ctx: Any, e: Tensor | None) -> None:
+    """After `_setup_context`: `_backward` finds it behind the rest."""
+    if e is not None:
+        ctx.save_for_backward(*ctx.to_save, e)
+
+
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     learned = _leaves(ctx.needs_input_grad[0], ctx.needs_input_grad[1:])
     grads: Any = [None] * _N_LEARNED
     if grad is not None:
         kept = ctx.saved_tensors  # once: checkpointing computes them anew at every access
-        run = _block_gradients if _is_last_derivative(grad) else _ops.train_block_backward
-        grads = run(grad, *kept[: 1 + _N_BLOCK], *ctx.block, *kept[1 + _N_BLOCK :], learned)
-        if run is not _block_gradients:
+        inputs, saved, e = kept[: 1 + _N_BLOCK], kept[1 + _N_BLOCK : _N_KEPT], kept[_N_KEPT:]
+        if _is_last_derivative(grad):
+            grads = _block_gradients(grad, *inputs, *ctx.block, *saved, learned, e=e[0] if e else None)
+        else:
+            grads = _ops.train_block_backward(grad, *inputs, *ctx.block, *saved, learned)
             grads = [g if need else None for g, need in zip(grads, learned, strict=True)]
     grad_x, *rest = grads
     layers = (grad for i in (0, 4, 8) for grad in (*rest[i : i + 4], None, None))
@@ -383,13 +392,17 @@ torch.library.register_autograd("mbv2::train_block_backward", _no_double_backwar
 class TrainBlockFunction(torch.autograd.Function):
     """The op `mbv2::train_block` on plain eager tensors, without the dispatcher's way through its autograd.
 
+    It may keep e as well, which that op has no place for.
     Without a `setup_context` of its own: for one, `apply` works out the signature of `forward` in every call.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        output = _train_block(x, *args)
+        tensors, eps, config, step, _ = _read(args)
+        y, saved, e = training.forward(x, tensors, eps, config, step, keep_e=True)
+        output = (y, *saved)
         _setup_context(ctx, (x, *args), output)
+        _keep_e(ctx, e)
         return output
 
     backward = staticmethod(_backward)

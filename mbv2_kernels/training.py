@@ -112,16 +112,21 @@ class _Norm(NamedTuple):
         return self.statistics.shape[0] == 2
 
 
-def forward(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig, step: Step) -> tuple[Tensor, Saved]:
+def forward(
+    x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig, step: Step, *, keep_e: bool = False
+) -> tuple[Tensor, Saved, Tensor | None]:
     """The block's output [N, Cout, Ho, Wo] in x's dtype, channels_last, and what its backward needs.
 
     Running statistics of layers with `step.batch` are neither read nor changed; they may be None.
+
+    keep_e: e, what the depthwise convolution reads, may come as the third, where keeping it is worth its memory:
+    float32 [N, C, H, W] of a block with many input channels on CPUs, if d is kept. The backward can do without.
     """
     phases = backends.train_phases(x, tensors)
     whole = getattr(phases, "train_block_forward", None)
     if whole is not None and not any(step.groups):
-        y, *saved = whole(x, *tensors, eps, *config, step.batch, step.keep)
-        return y, Saved(*saved)
+        y, *saved, e = whole(x, *tensors, eps, *config, step.batch, step.keep, keep_e)
+        return y, Saved(*saved), e if e.dim() == 4 else None
     x = _channels_last(x)
     expand, depthwise, project = tensors.layers()
     convolution = config[:4]
@@ -148,7 +153,7 @@ def forward(x: Tensor, tensors: BlockTensors, eps: Eps, config: BlockConfig, ste
 
     y = phases.train_finish(z, x if config.residual else None, scale3, shift3, config.final_activation)
     d = d if step.keep else x.new_empty(0)
-    return y, Saved(d, z, statistics1, statistics2, statistics3, mean_x, sum_x, gram)
+    return y, Saved(d, z, statistics1, statistics2, statistics3, mean_x, sum_x, gram), None
 
 
 def backward(
@@ -161,18 +166,20 @@ def backward(
     saved: Saved,
     needs: Sequence[bool],
     *,
+    e: Tensor | None = None,
     rounded: bool = True,
 ) -> list[Tensor | None]:
     """Gradients of x, and of weight, bias, gamma and beta of the three layers: 13, None where `needs` is False.
 
     Each has the dtype of what it is the gradient of, and x's is channels_last, the others have the strides of their
-    parameters. `rounded`: where d was not kept, the forward had it in x's dtype,
+    parameters. `e`: what `forward` gave. `rounded`: where d was not kept, the forward had it in x's dtype,
     and the same values must meet the clamps again.
     """
     phases = backends.train_phases(x, tensors)
     whole = getattr(phases, "train_block_gradients", None)
     if whole is not None and not any(step.groups):
-        found = whole(grad, x, *tensors, eps, *config, *saved, needs, rounded)
+        kept_e = x.new_empty(0) if e is None else e
+        found = whole(grad, x, *tensors, eps, *config, *saved, kept_e, needs, rounded)
         grads: list[Tensor | None] = [None if g.shape == (0,) else g for g in found]
         return _for_leaves(grads, _learned(tensors), needs)
     x, grad = _channels_last(x), _channels_last(grad)

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from training_blocks import Block, DenseLayer, Trainable, fused, step
 
 import mbv2_kernels as mbv2
-from mbv2_kernels import FusedInvertedResidual, backends
+from mbv2_kernels import _C, FusedInvertedResidual, backends
+from mbv2_kernels._training_registrations import TrainBlockFunction
 from mbv2_kernels.fold import BlockTensors
 from mbv2_kernels.training_forward import without_running_statistics
 
@@ -154,6 +155,72 @@ def test_one_call_is_the_chain_of_phases(
     for i, (one, other) in enumerate(zip(at_once, chain, strict=True)):
         assert one.dtype is other.dtype and one.shape == other.shape and one.stride() == other.stride(), i
         assert torch.equal(one, other), i
+
+
+@pytest.mark.parametrize("tier", [tier["name"] for tier in _C.tiers() if tier["runnable"]])
+@pytest.mark.parametrize(
+    ("geometry", "size"),
+    [
+        ({"kernel_size": 3, "stride": 1}, (1, 30, 13)),  # images in parts, whose seams are computed twice
+        ({"kernel_size": 3, "stride": 2}, (2, 15, 15)),
+        ({"kernel_size": 3, "stride": 2}, (3, 14, 9)),
+        ({"kernel_size": 5, "stride": 2, "padding": -1}, (2, 12, 10)),
+        ({"kernel_size": 3, "stride": 1, "dilation": 2}, (2, 7, 7)),
+    ],
+    ids=str,
+)
+def test_e_is_kept_of_blocks_with_many_channels(geometry: dict[str, int], size: tuple[int, ...], tier: str) -> None:
+    """It changes no bit of the gradients, and the op, which does not keep it, gives the same."""
+    cap = _C.max_isa()
+    _C.set_max_isa(tier)
+    kept, (y, *grads) = eager_step(96, 112, size, **geometry)
+    assert kept[-1].shape == (size[0], 112, *size[1:]) and kept[-1].dtype == torch.float32
+    kept, (other, *others) = eager_step(96, 112, size, **geometry, op=True)
+    _C.set_max_isa(cap)
+    assert kept[-1].shape == (96, 96) and torch.equal(y, other)
+    assert len(grads) == 10 and all(map(torch.equal, grads, others))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"in_channels": 88},
+        {"hidden": 104},
+        {"stride": 2, "padding": 0},  # the last row of x is under no tap
+        {"stride": 4, "padding": 1},
+        {"dtype": torch.bfloat16},
+        {"keep": False},
+    ],
+    ids=str,
+)
+def test_e_is_not_kept_otherwise(variant: dict[str, Any]) -> None:
+    kept, _ = eager_step(**{"in_channels": 96, "hidden": 112, "size": (2, 8, 8), **variant})
+    assert kept[-1].dtype == torch.float64  # the Gram matrix
+
+
+def eager_step(
+    in_channels: int,
+    hidden: int,
+    size: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    keep: bool = True,
+    op: bool = False,
+    kernel_size: int = 3,
+    **geometry: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What a block in eager mode saves; its output, and the gradients of all its leaves."""
+    torch.manual_seed(0)
+    tensors = with_grad(make_block(in_channels, hidden, 100, kernel_size=kernel_size, dtype=dtype))
+    x = torch.randn(size[0], in_channels, *size[1:]).to(dtype).requires_grad_()
+    config = make_config(residual=False, **{"padding": kernel_size // 2 * geometry.get("dilation", 1), **geometry})
+    arguments = (*without_running_statistics(tensors, [True] * 3), EPS, *config, [True] * 3, [""] * 3, keep)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        y, *_ = (ops.train_block if op else TrainBlockFunction.apply)(x, *arguments)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+    leaves = [t for t in (x, *tensors) if t is not None and t.requires_grad]
+    return kept, [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 @pytest.mark.parametrize("variant", [{}, {"padding": -1, "stride": 1}, POINTWISE], ids=str)

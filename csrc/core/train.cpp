@@ -67,7 +67,7 @@ struct Packing {
     l.out_panel = panel_width(l.out_padded / vector, kernels.max_panel);
     const int64_t in_panel = l.in_panel * vector, hidden_panel = l.hidden_panel * vector;
     const bool needs_e = a.phase == TrainPhase::depthwise_backward || !a.d;
-    l.expand = add({needs_e ? a.w1 : nullptr, hidden, in, in, 1, l.hidden_padded, hidden_panel, nullptr});
+    l.expand = add({needs_e && !a.e ? a.w1 : nullptr, hidden, in, in, 1, l.hidden_padded, hidden_panel, nullptr});
     l.expand_backward = add({a.g_out ? a.w1 : nullptr, in, hidden, 1, in, l.in_padded, in_panel, nullptr});
     l.depthwise = add({needs_e ? a.wd : nullptr, hidden, taps, taps, 1, l.hidden_padded, vector, nullptr});
     if (is_backward(a.phase))
@@ -296,6 +296,14 @@ void add_up(const TrainArgs& a, const Slots& slots, const Parallel& parallel) {
 }
 
 }  // namespace
+
+bool keeps_e(const TrainArgs& a) {
+  constexpr int64_t kChannels = 96, kWidest = 16;
+  const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
+  return a.dims.expand && a.dims.in_channels >= kChannels && a.dims.hidden_channels % kWidest == 0 &&
+         a.dtype == DType::f32 && reach >= a.stride + a.pad_top &&
+         (a.out_height - 1) * a.stride - a.pad_top + reach >= a.height;
+}
 
 void run_train(const TrainArgs& given, Tier tier, const Parallel& parallel) {
   TrainArgs a = given;

@@ -17,20 +17,21 @@
 //
 //   phase                reads                   gives, besides sums over all pixels
 //   gram                 x                       sum x, x x^T
-//   depthwise            x                       d, sum d, d^2
+//   depthwise            x                       d, sum d, d^2;  e
 //   project              x or d                  z, sum z, z^2
 //   finish               z, x                    y
 //   finish_backward      gy, z                   sum g3, g3 z
 //   project_backward     gy, z, x or d           sum g2, g2 d;  gw2 = gz h^T;  gh or g2
-//   depthwise_backward   gy, z, x, d (or g2)     g = w1^T g1 (or g1);  sum g1;  gwd = gd x e;  t = g1 x^T
+//   depthwise_backward   gy, z, x, d (, g2, e)   g = w1^T g1 (or g1);  sum g1;  gwd = gd x e;  t = g1 x^T
 //   input_backward       g, x, gy                gx, which may be g's memory
 //
 // The hidden tensors e, h and their gradients exist only as a few rows of one chunk of channels, like in inference; d
 // is kept if the caller wants (d not null), else computed again from x. So is g2 between the two backward phases, else
-// computed again from gy and z: with few output channels that costs less than to write and read it. A lone 1x1
+// computed again from gy and z: with few output channels that costs less than to write and read it. And so is e of a
+// block with many input channels. A lone 1x1
 // convolution, a head, is project with d = x, of which gh is the gradient then.
 //
-// x, d, z, y, gy, gh and gx are dense channels_last in the storage type, g and g2 are dense channels_last fp32.
+// x, d, z, y, gy, gh and gx are dense channels_last in the storage type; g, g2 and e are dense channels_last fp32.
 // Arithmetic is fp32; sums over pixels are fp32 in short runs and fp64 across them.
 //
 // Results do not depend on the number of threads: the shapes alone say how pixels are cut into slots, every slot has
@@ -64,13 +65,13 @@ struct TrainArgs {
   DType dtype;
 
   const void *x, *d, *z, *gy;
-  const float *g, *g2;
+  const float *g, *g2, *e;
   const float *w1, *b1, *wd, *w2, *m, *c0;
   const float *scale2, *shift2, *a2, *b2, *c2;
   const float *scale3, *shift3, *a3, *b3, *c3;
 
   void *d_out, *z_out, *y, *gh, *gx;
-  float *g_out, *g2_out;
+  float *g_out, *g2_out, *e_out;
   double *sum, *sum_product;  // of the first and the second quantity that the table names
   double* gram;
   float *gw2, *gwd, *t;
@@ -80,6 +81,8 @@ void run_train(const TrainArgs& args, Tier tier, const Parallel& parallel);
 
 // Whether g2 is worth being kept where d is, measured (csrc/TUNING.md).
 inline bool keeps_g2(const BlockDims& dims) { return dims.out_channels >= 64 || !dims.expand; }
+// The same of e, fp32 alike. It is written by whole vectors, and all of it by parts of rows of d.
+bool keeps_e(const TrainArgs& args);
 
 // ---- Parameters as the kernels read them ----------------------------------------------------------------------------
 // Offsets in floats of matrices in panels (block.h, "Packed weights") and of vectors padded with zeros. Packed anew in

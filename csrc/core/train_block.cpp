@@ -162,6 +162,7 @@ void train_forward(const TrainBlock& block, const TrainForward& out, Tier tier, 
 
   TrainArgs depthwise = phases.with_depthwise(phases.phase(TrainPhase::depthwise));
   depthwise.d_out = out.d;
+  depthwise.e_out = out.e;
   const Sums of_d = phases.run_sums(depthwise, s.dims.hidden_channels);
   const Applied norm2 = phases.apply(with_statistics(block.depthwise, of_d, out_pixels, out.depthwise));
 
@@ -230,6 +231,7 @@ void train_backward(const TrainBlock& block, const void* gy, const TrainSaved& s
   const int64_t values_of_x = s.batch * s.height * s.width * in;
   TrainArgs depthwise = phases.with_depthwise(phases.phase(TrainPhase::depthwise_backward));
   depthwise = phases.with_d(depthwise, d, norm2);
+  depthwise.e = saved.e;
   depthwise = phases.with_gz(depthwise, gy, saved.z, norm3);
   depthwise.a2 = norm2.a;
   depthwise.b2 = norm2.b;

@@ -18,9 +18,10 @@ struct TrainBlock {
 };
 
 // `Saved` of training.py. Statistics are written of those layers that use the batch's; mean_x, sum_x and gram if expand
-// does.
+// does; e where it is not null, which keeps_e() has to allow.
 struct TrainForward {
   void *y, *d, *z;
+  float* e;
   double *expand, *depthwise, *project;  // statistics
   double *mean_x, *sum_x, *gram;
 };
@@ -29,6 +30,7 @@ void train_forward(const TrainBlock& block, const TrainForward& out, Tier tier, 
 
 struct TrainSaved {
   const void *d, *z;  // d null: to be computed again
+  const float* e;     // null: the same
   const double *mean_x, *sum_x, *gram;
   bool rounded;  // the forward had d in the storage type
 };

@@ -563,7 +563,7 @@ static TrainBuffers train_buffers(const TrainArgs& a, const TrainLayout& l, cons
   };
   const bool needs_e = b.backward || !b.keeps_d;
   b.columns = max64(a.pad_left + a.width, (a.out_width - 1) * a.stride + b.reach);
-  b.ring_rows = needs_e && a.dims.expand ? rows_under(p.group_rows) : 0;
+  b.ring_rows = needs_e && a.dims.expand && !a.e ? rows_under(p.group_rows) : 0;
   b.wide_rows = needs_e && b.widen ? rows_under(b.part_rows) : 0;
   if (b.backward) {
     b.g_rows = out_rows_over(p.group_rows);
@@ -676,7 +676,7 @@ struct TrainWork {
   }
 
   void expand_rows(int64_t begin, int64_t end, const Panel& panel) {
-    if (!a.dims.expand || end <= begin) return;
+    if (!a.dims.expand || a.e || end <= begin) return;
     int32_t* offsets = reinterpret_cast<int32_t*>(scratch + b.offsets);
     int32_t* to = offsets;
     for (int64_t row = begin; row < end; ++row) {
@@ -688,9 +688,20 @@ struct TrainWork {
             TrainExpandEpilogue{{packed + l.expand_bias + panel.hidden, e_ring(panel), offsets, &a.activation}});
   }
 
-  // A panel's part of a row of x, which the depthwise passes read without an expand layer.
-  void fetch_row(const float* row, int64_t pitch) const {
-    for (int64_t c = 0; c < a.width; ++c) fetch(row + c * pitch);
+  // A panel's part of a row of x, which the depthwise passes read without an expand layer, or of a kept e.
+  void fetch_row(const float* row, int64_t pitch, int64_t vectors = 1) const {
+    for (int64_t c = 0; c < a.width; ++c)
+      for (int64_t v = 0; v < vectors; ++v) fetch(row + c * pitch + v * V::width);
+  }
+
+  // Rows [begin, end) of e from their ring into a.e_out, of those that belong to the part with rows [part_begin,
+  // part_end) of d: rows at a seam are computed for both parts.
+  void keep_e(int64_t begin, int64_t end, int64_t part_begin, int64_t part_end, const Panel& panel) {
+    begin = max64(begin, part_begin * a.stride);
+    end = min64(end, part_end == a.out_height ? a.height : part_end * a.stride);
+    for (int64_t row = begin; row < end; ++row)
+      keep_rows<F32>(e_ring(panel) + e_row(row) + a.pad_left * plan.pitch, (image * a.height + row) * a.width, a.width,
+                     panel, a.e_out, kStreamBytes);  // read in the backward, when nothing of it is in a cache
   }
 
   // Rows [begin, end) of d into scratch.
@@ -1072,6 +1083,7 @@ struct TrainWork {
           for_each_panel(hidden, hidden_end, pixel - part_pixel, pixels, part_pixels, [&](const Panel& panel) {
             if (!b.keeps_d) {
               expand_rows(expand_begin, expand_end, panel);
+              if (a.e_out) keep_e(expand_begin, expand_end, part_begin, part_end, panel);
               depthwise(row, row_end, panel);
             }
             if (is_depthwise) {
@@ -1081,7 +1093,8 @@ struct TrainWork {
             } else {
               const float* gz = scratch + b.gz + at;
               project_transposed(gz, pixels, panel);
-              if (a.gh) keep_rows<Storage>(scratch + b.gh, pixel, pixels, panel, static_cast<Element*>(a.gh));
+              if (a.gh)
+                keep_rows<Storage>(scratch + b.gh, pixel, pixels, panel, static_cast<Element*>(a.gh), pixels_of_d());
               project_backward_sums(pixel, pixels, panel);
               if (item.matrix)
                 add_outer(gz, l.out_padded, out_channels, scratch + b.h, pixels, panel,
@@ -1156,9 +1169,14 @@ struct TrainWork {
   void depthwise_transposed(int64_t row, const Panel& panel, float* out) {
     const int64_t k = a.dims.kernel;
     const bool expand = a.dims.expand;
-    const int64_t e_pitch = expand ? plan.pitch : input_pitch();
-    const float* e = expand ? e_ring(panel) + e_row(row) + a.pad_left * plan.pitch : input_row(row) + panel.hidden;
-    if (!expand) fetch_row(e + a.width * e_pitch, e_pitch);
+    const int64_t e_pitch = a.e ? hidden_channels : expand ? plan.pitch : input_pitch();
+    const float* e = a.e      ? a.e + (image * a.height + row) * a.width * hidden_channels + panel.hidden
+                     : expand ? e_ring(panel) + e_row(row) + a.pad_left * plan.pitch
+                              : input_row(row) + panel.hidden;
+    if (a.e)
+      fetch_row(e + a.width * e_pitch, e_pitch, panel.vectors);
+    else if (!expand)
+      fetch_row(e + a.width * e_pitch, e_pitch);
     const float* weights = packed + l.depthwise + panel.hidden * k * k;
     float* weight_sums = scratch + b.run_sums + panel.index * plan.pitch * k * k;
     float* sums = scratch + b.run_sums + plan.chunk * k * k + panel.index * plan.pitch;
@@ -1224,14 +1242,15 @@ struct TrainWork {
     }
   }
 
-  // A panel's pixels from scratch into an image of all hidden channels.
+  // A panel's pixels from scratch into an image of all hidden channels, which has `all` pixels.
   template <class To>
-  void keep_rows(const float* from, int64_t pixel, int64_t pixels, const Panel& panel, typename To::Element* image_of) {
+  void keep_rows(const float* from, int64_t pixel, int64_t pixels, const Panel& panel, typename To::Element* image_of,
+                 int64_t all) {
     with_vectors(panel.vectors, [&](auto vectors) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(vectors)::count;
       const PanelLanes<To, kVectors> lanes(hidden_channels - panel.hidden);
       typename To::Element* to = image_of + pixel * hidden_channels + panel.hidden;
-      write_pixels(to, hidden_channels, pixels_of_d(), [&](auto store) __attribute__((always_inline)) {
+      write_pixels(to, hidden_channels, all, [&](auto store) __attribute__((always_inline)) {
         for (int64_t p = 0; p < pixels; ++p)
           UNROLL for (int v = 0; v < kVectors; ++v)
               store(lanes, to + p * hidden_channels, v, V::load(from + p * plan.pitch + v * V::width), 0);
@@ -1281,7 +1300,7 @@ struct TrainWork {
               add_outer(scratch + b.shifted + (row - part_begin) * a.width * b.wide_pitch, b.wide_pitch, in_channels,
                         g1, pixels, panel, first_part && row == part_begin);
             // g1 itself is the result where there is no expand layer
-            if (a.g_out && !a.dims.expand) keep_rows<F32>(g1, pixel, pixels, panel, a.g_out);
+            if (a.g_out && !a.dims.expand) keep_rows<F32>(g1, pixel, pixels, panel, a.g_out, pixels_of_d());
           });
           expanded = max64(expanded, expand_end);
           made = make;
