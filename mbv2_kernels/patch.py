@@ -107,8 +107,9 @@ def fuse(
         strict: raise RuntimeError, before anything is changed, if there is nothing to fuse or a block cannot be fused
             (a stem or head that cannot is no reason: what they cost is small).
         memory: what training keeps for backward, beside each block's input and its output before the last BatchNorm.
-            "fast": what the depthwise convolution gave; "lean": nothing, it is computed again. Of a head the same two
-            are kept in both, of a stem its input alone.
+            "fast": what the depthwise convolution gave, and with 96 input channels or more, in eager mode on CPUs, in
+            float32, what it read; "lean": nothing, it is computed again. Of a head the same two are kept in both, of a
+            stem its input alone.
 
     Raises TypeError if `model` is no nn.Module or `filter_fn` cannot be called, ValueError for another `memory`.
     """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .recognise import ConvNorm
 
 #: What is kept for backward beside the block's input and its output before the last BatchNorm. "fast": the depthwise
-#: convolution's output too; "lean": nothing, at the price of one more sweep.
+#: convolution's output too, and its input of some blocks; "lean": nothing, at the price of one more sweep.
 MEMORY = ("fast", "lean")
 
 _UPDATE = torch.ops.mbv2.train_running_statistics.default
