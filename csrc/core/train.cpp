@@ -165,12 +165,12 @@ TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l, int threads)
   if (!hidden || pixels == 0) return p;
 
   // Parts: enough for all slots, and small enough that what is held for all of a part stays in L2.
-  constexpr int64_t kPartBytes = 256 * 1024;
+  const int64_t part_bytes = 32 * 1024 * std::max(l.vector, 8);  // wider registers come with larger L2 caches
   const bool of_x = a.phase == TrainPhase::depthwise_backward;
   const int64_t rows = of_x ? a.height : a.out_height, width = of_x ? a.width : a.out_width;
   const int64_t reach = (a.dims.kernel - 1) * a.dilation + 1;
   const int64_t held = a.out_height * a.out_width * l.out_padded * 4;
-  p.row_parts = std::max(ceil_divide(p.slots, a.batch), ceil_divide(held, kPartBytes));
+  p.row_parts = std::max(ceil_divide(p.slots, a.batch), ceil_divide(held, part_bytes));
   // Rows at the seam of two parts are computed for both: an eighth of all at most.
   const int64_t seam = of_x ? reach - 1 : a.d ? 0 : ceil_divide(std::max<int64_t>(reach - a.stride, 0), a.stride);
   p.row_parts = std::max<int64_t>(std::min(p.row_parts, rows / std::max<int64_t>(4, 7 * seam)), 1);
@@ -189,7 +189,7 @@ TrainPlan make_train_plan(const TrainArgs& a, const TrainLayout& l, int threads)
 
   // As in make_plan(): full tiles, and rows of a chunk that stay close.
   constexpr int64_t kPixels = 98, kChunk = 168;
-  const int64_t ring = 16 * 1024 * l.vector;  // bytes: machines with wider registers have larger L2 caches
+  const int64_t ring = 16 * 1024 * l.vector;  // bytes, as above
   const int64_t group = std::max(of_x ? a.stride : 1, std::min(kPixels / std::max<int64_t>(width, 1), rows));
   p.group_rows = ceil_divide(rows, ceil_divide(rows, group));
   const bool needs_e = (of_x || !a.d) && a.dims.expand;

@@ -967,11 +967,17 @@ struct TrainWork {
     }
   }
 
-  // gh = w2^T gz; `from` is the group's first pixel of gz.
+  // gh = w2^T gz; `from` is the group's first pixel of gz. In runs of the depth whose weights stay in L1.
   void project_transposed(const float* from, int64_t pixels, const Panel& panel) {
-    product(panel.vectors, {from, l.out_padded, out_channels}, pixels,
-            packed + l.project_backward + panel.hidden * out_channels,
-            KeepSum{{kZeros, nullptr, plan.pitch}, scratch + b.gh});
+    constexpr int64_t kDepth = 160;
+    const int64_t count = ceil_div(out_channels, kDepth), width = panel.vectors * V::width;
+    float* gh = scratch + b.gh;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t begin = out_channels * i / count, end = out_channels * (i + 1) / count;
+      product(panel.vectors, {from + begin, l.out_padded, end - begin}, pixels,
+              packed + l.project_backward + panel.hidden * out_channels + begin * width,
+              KeepSum{{kZeros, i ? gh : nullptr, plan.pitch}, gh});
+    }
   }
 
   // matrix[i][c] += sum over pixels of from[i] * of[c]; `first`: of the item's first group
