@@ -376,9 +376,10 @@ def _layer_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | N
     if grad is not None:
         kept = ctx.saved_tensors
         inputs, saved = kept[:_N_LAYER_LEARNED], kept[_N_LAYER_LEARNED:]
-        run = _layer_gradients if _is_last_derivative(grad) else _ops.train_layer_backward
-        grads = run(grad, *inputs, *ctx.layer, *saved, learned)
-        if run is not _layer_gradients:
+        if _is_last_derivative(grad):
+            grads = _layer_gradients(grad, *inputs, *ctx.layer, *saved, learned)
+        else:
+            grads = _ops.train_layer_backward(grad, *inputs, *ctx.layer, *saved, learned)
             grads = [g if need else None for g, need in zip(grads, learned, strict=True)]
     return *grads, *(None,) * len(ctx.layer)
 

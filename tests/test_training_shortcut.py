@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_layers import Net
+from test_shortcut import CHANGES as OF_EVALUATION
 from torch import Tensor, nn
 from wild import Flat, error, randomise
 
@@ -58,7 +59,7 @@ def step(module: nn.Module, x: Tensor) -> list[Tensor]:
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=x.dtype).sin().view(y.shape))
     assert x.grad is not None
     return [
-        y,
+        y.detach(),
         x.grad,
         *(p.grad for p in module.parameters() if p.grad is not None),
         *(b.double() for b in module.buffers()),
@@ -108,12 +109,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "other buffers": lambda b: setattr(b.conv[1], "running_mean", b.conv[1].running_mean + 1),
     "state dict": lambda b: b.load_state_dict(randomise(Flat(8, 48, 8), seed=5).state_dict()),
     "frozen weight": lambda b: b.conv[3].weight.requires_grad_(False),
-    "geometry": lambda b: vars(b.conv[3]).update(padding=(2, 2), dilation=(2, 2)),
-    "activation": lambda b: setattr(b.conv[2], "max_val", 0.5),
-    "layer": lambda b: b.conv.__setitem__(2, nn.Hardtanh(-1, 1)),
-    "hook": lambda b: b.conv[2].register_forward_hook(lambda m, args, y: 3 * y),
-    "forward": lambda b: setattr(b.conv[2], "forward", torch.tanh),
-    "flag": lambda b: setattr(b, "identity", False),
+    **{name: OF_EVALUATION[name] for name in ("geometry", "activation", "layer", "hook", "forward", "flag")},
 }
 
 
