@@ -266,8 +266,8 @@ class Watch {
     if (!moves && version_of(seen) != seen.version) return false;
     if (!seen.api) return true;
     const DlpackTensor now = look(seen);
-    return (moves || now.data == seen.data) && type_of(now) == seen.type && static_cast<size_t>(now.dims) == seen.dims &&
-           std::equal(now.shape, now.shape + seen.dims, last) &&
+    return (moves || now.data == seen.data) && type_of(now) == seen.type &&
+           static_cast<size_t>(now.dims) == seen.dims && std::equal(now.shape, now.shape + seen.dims, last) &&
            std::equal(now.strides, now.strides + seen.dims, last + seen.dims);
   }
 
