@@ -817,7 +817,8 @@ BlockGradients train_block_gradients(Tensor grad, Tensor x, OptionalTensor weigh
   // Like the leaf, but for its type, and strides of memory in another order.
   const auto learned = [&](size_t first, const Tensor* weight, int64_t channels, mbv2::LayerGradients* layer) {
     float** const to_vectors[] = {&layer->bias, &layer->gamma, &layer->beta};
-    if (needs[first] && weight && weight->dim() == 4) {
+    if (needs[first] && weight) {
+      check(weight->dim() == 4, "a weight must have 4 dimensions, got shape ", shape_of(*weight));
       int64_t sizes[4], strides[4], dense = 1;
       const bool contiguous = weight->is_contiguous();
       for (int64_t i = 3; i >= 0; dense *= sizes[i--]) {

@@ -25,8 +25,11 @@ from .fold import memo
 #: Why nothing is planned here and every call asks for itself, if that is so.
 UNPLANNED = "" if hasattr(Tensor, "__dlpack_c_exchange_api__") else "this torch has no DLPack interface for C"
 
+_Question = tuple[Callable[..., Any], tuple[Any, ...]]
+_Variable = tuple[dict[str, Any], str, Any]  # where its value has to be the same: csrc/shortcut.h
+
 # What says whether anything is going on that wants to see more than one op for many modules: all answer falsely if not.
-_TRAINING_QUESTIONS: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
+_TRAINING_QUESTIONS: tuple[_Question, ...] = (
     (torch._C._is_any_autocast_enabled, ()),
     (torch._C._get_tracing_state, ()),
     (peek_interpreter_stack, ()),
@@ -69,7 +72,7 @@ def is_image(x: Any) -> bool:
     return type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.layout is torch.strided
 
 
-def is_quiet(x: Any, questions: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]] = _QUESTIONS) -> bool:
+def is_quiet(x: Any, questions: Sequence[_Question] = _QUESTIONS) -> bool:
     """Whether x is what the packed ops can take, and nothing is going on that wants to see every module's call."""
     return (
         is_image(x)
@@ -95,24 +98,30 @@ def shortcut(
     watch: began before the questions were asked that made the op right. epoch: the memo's at that time. dtype, channels
     and most_images: which x it is for. `is_quiet` has to have said yes.
     """
-    images = torch.empty_strided((most_images, channels, 0, 0), (0, 0, 0, 0), dtype=dtype, device="cpu")
-    variables: list[tuple[dict[str, Any], str, Any]] = [
-        (vars(memo), "epoch", epoch),
-        (vars(forward_ad), "_current_level", forward_ad._current_level),
-    ]
+    variables: list[_Variable] = [(vars(memo), "epoch", epoch)]
     if dtype is torch.float16:  # `backends.tier_of`; the rest of it is in csrc/shortcut.h
         variables.append((vars(backends), "_fp16_accumulation", backends._fp16_accumulation))
-    return _C.Shortcut(op, arguments, images, _QUESTIONS, variables, watch)
+    return _shortcut(op, arguments, (most_images, channels), dtype, _QUESTIONS, variables, watch)
 
 
 def training_shortcut(step: Callable[[Tensor], Tensor | None], watch: _C.Watch, x: Tensor) -> _C.Shortcut:
     """The same for a step of training on images like x, where gradients may be on and no memo is asked."""
-    images = torch.empty_strided((2**31, x.shape[1], 0, 0), (0, 0, 0, 0), dtype=x.dtype, device="cpu")
-    variables = [
-        (vars(backends), "_backend", backends._backend),
-        (vars(forward_ad), "_current_level", forward_ad._current_level),
-    ]
-    return _C.Shortcut(step, (), images, _TRAINING_QUESTIONS, variables, watch)
+    variables = [(vars(backends), "_backend", backends._backend)]
+    return _shortcut(step, (), (2**31, x.shape[1]), x.dtype, _TRAINING_QUESTIONS, variables, watch)
+
+
+def _shortcut(
+    op: Callable[..., Tensor | None],
+    arguments: Sequence[Any],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    questions: Sequence[_Question],
+    variables: Sequence[_Variable],
+    watch: _C.Watch,
+) -> _C.Shortcut:
+    images = torch.empty_strided((*shape, 0, 0), (0, 0, 0, 0), dtype=dtype, device="cpu")
+    level = (vars(forward_ad), "_current_level", forward_ad._current_level)
+    return _C.Shortcut(op, arguments, images, questions, [*variables, level], watch)
 
 
 def is_quiet_training(x: Any) -> bool:

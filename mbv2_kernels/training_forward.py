@@ -60,8 +60,8 @@ def _block_call(
     groups = [sync_group(norm) if used else "" for norm, used in zip(norms, batch, strict=True)]
     biases = tensors.expand_bias, tensors.depthwise_bias, tensors.project_bias
     arguments = (*without_running_statistics(tensors, batch), eps, *config, batch, groups, memory == "fast")
-    places = range(1 + Saved._fields.index("expand_statistics"), len(norms) + 3)
-    found = zip(batch, norms, biases, groups, places, strict=True)
+    first = 1 + Saved._fields.index("expand_statistics")
+    found = zip(batch, norms, biases, groups, range(first, first + len(norms)), strict=True)
     return _Call(arguments, [_Norm(*row) for used, *row in found if used and row[0].track_running_stats])
 
 
@@ -129,8 +129,7 @@ class Again:
         self.arguments = call.arguments
         self.places = [norm.place for norm in call.norms]
         self.running = _running(call.norms)
-        biases, means, variances, counts, _ = self.running
-        self.changed = [*means, *variances, *counts]
+        biases, means, variances, *_ = self.running
         floats = [*means, *variances, *(bias for bias in biases if bias is not None)]
         #: Whether the running statistics are of the usual kind.
         self.usual = all(t.dtype is torch.float32 and t.is_contiguous() and t.is_cpu for t in floats)
@@ -142,9 +141,8 @@ class Again:
         outputs: tuple[Tensor, ...] = self.apply(x, *self.arguments)
         if self.places:
             with torch.no_grad():
-                if not _UPDATE([outputs[place] for place in self.places], *self.running):
+                if not _updated_in_one_op([outputs[place] for place in self.places], self.running):
                     return None
-            torch.autograd.graph.increment_version(self.changed)  # which only the dispatcher's own ops do
         return outputs[0]
 
 
@@ -193,11 +191,8 @@ def _update_running_statistics(empty: bool, norms: Sequence[_Norm], statistics: 
     if not norms:
         return
     with torch.no_grad():
-        if not empty and all(map(is_plain, statistics)):
-            running = _running(norms)
-            if _UPDATE(statistics, *running):
-                torch.autograd.graph.increment_version([t for tensors in running[1:4] for t in tensors])
-                return
+        if not empty and all(map(is_plain, statistics)) and _updated_in_one_op(statistics, _running(norms)):
+            return
         for (norm, conv_bias, group, _), found in zip(norms, statistics, strict=True):
             norm.num_batches_tracked.add_(1)
             if empty and not group:
@@ -213,11 +208,17 @@ def _update_running_statistics(empty: bool, norms: Sequence[_Norm], statistics: 
                 own.lerp_(new.to(own.dtype), factor if isinstance(factor, float) else factor.to(own.dtype))
 
 
-def _running(norms: Sequence[_Norm]) -> tuple[list[Any], ...]:
-    """What the op that updates running statistics takes after the new ones; it changes the second to the fourth.
+def _updated_in_one_op(statistics: Sequence[Tensor], running: tuple[list[Any], ...]) -> bool:
+    """False, and nothing has changed, where a tensor is not one that the op takes. `running`: see `_running`."""
+    if not _UPDATE(statistics, *running):
+        return False
+    _, means, variances, counts, _ = running
+    torch.autograd.graph.increment_version([*means, *variances, *counts])  # which only the dispatcher's own ops do
+    return True
 
-    It returns False, and nothing has changed, where a tensor is not one that it takes.
-    """
+
+def _running(norms: Sequence[_Norm]) -> tuple[list[Any], ...]:
+    """What the op that updates running statistics takes after the new ones; it changes the second to the fourth."""
     own = [norm._buffers for norm, *_ in norms]  # an attribute of a module that is none of the instance costs a call
     return (
         [norm.conv_bias for norm in norms],

@@ -38,8 +38,7 @@ class Phases {
         tier_(tier),
         parallel_(parallel),
         in_(block.shape.dims.in_channels),
-        hidden_(block.shape.dims.hidden_channels),
-        out_(block.shape.dims.out_channels) {}
+        hidden_(block.shape.dims.hidden_channels) {}
 
   // Without an expand layer there is none to fold.
   void fold(const Norm& norm, const double* mean_x) {
@@ -92,11 +91,10 @@ class Phases {
     return a;
   }
 
-  Sums sums(int64_t channels) { return {numbers.doubles(channels), numbers.doubles(channels)}; }
   void run(const TrainArgs& a) const { run_train(a, tier_, parallel_); }
   // The phase, and its two sums of `channels` numbers.
   Sums run_sums(TrainArgs a, int64_t channels) {
-    const Sums found = sums(channels);
+    const Sums found = {numbers.doubles(channels), numbers.doubles(channels)};
     a.sum = found.of;
     a.sum_product = found.product;
     run(a);
@@ -128,7 +126,7 @@ class Phases {
   const TrainBlock& block_;
   const Tier tier_;
   const Parallel& parallel_;
-  const int64_t in_, hidden_, out_;
+  const int64_t in_, hidden_;
   float *w1_ = nullptr, *b1_ = nullptr;
 };
 
