@@ -207,100 +207,108 @@ NOINLINE void depthwise_backward_columns(const DepthwiseBackward& r, int64_t col
   depthwise_backward_runs_of<V::kMaxBackwardRun>(low, r, open, longer * (low + 1), count - longer);
 }
 
-// A row of e below a 3x3 kernel of stride 1, the case that counts: the taps are known when this is compiled, pixels of
-// gd are shared between them, and the sums of gwd stay in registers for the length of the row. Twice as fast as the
-// above.
+// A row of e below a 3x3 kernel of stride 1 or 2, the cases that count: the taps are known when this is compiled, a
+// pixel of gd is loaded once for all of them, for g1 and gwd alike, and the sums of gwd stay in registers for the
+// length of the row as far as there are registers.
 struct DepthwiseBackward3x3 {
-  const float* g[3];  // by the kernel's row: gd's pixel under the first column's last tap
+  const float* g[3];   // rows of gd: the pixel that the first column's last tap reads
+  int weights_row[3];  // the kernel's row that each is under
   const float* e;
   int64_t e_pitch;
-  float* out;            // g1
-  int64_t pitch, width;  // of g and out; columns
+  float* out;     // g1
+  int64_t pitch;  // of g and out
   int64_t vectors;
   const float* weights;       // [vector][9][V::width]
   float *weight_sums, *sums;  // the same, [vector][V::width]: gwd, sum g1
   Open open;
 };
 
-template <int Count>
-ALWAYS_INLINE void transposed_3x3_runs(const DepthwiseBackward3x3& r, const Open& open, int64_t column, int64_t count,
-                                       int64_t vector, V::T* sum) {
-  const float* weights = r.weights + vector * 9 * V::width;
-  for (; count > 0; --count, column += Count) {
-    V::T acc[Count];
-    UNROLL for (int u = 0; u < Count; ++u) acc[u] = V::set(0);
-    UNROLL for (int dy = 0; dy < 3; ++dy) {
-      V::T w[3];
-      UNROLL for (int i = 0; i < 3; ++i) w[i] = V::load(weights + (dy * 3 + 2 - i) * V::width);
-      const Run<Count + 2> gradients(r.g[dy] + column * r.pitch + vector * V::width, r.pitch);
-      // every third column in turn, as in depthwise_run(): the next addition to a sum does not wait for the last
-      UNROLL for (int first = 0; first < 3; ++first) UNROLL for (int at = first; at < Count + 2; at += 3) {
-        const V::T g = gradients.load(at);
-        UNROLL for (int i = 0; i < 3; ++i) if (at - i >= 0 && at - i < Count) acc[at - i] =
-            V::fma(g, w[i], acc[at - i]);
+// Sums of a vector of channels over a row.
+template <int Rows>
+struct Sums3x3 {
+  V::T gwd[Rows][3], g1;
+  ALWAYS_INLINE Sums3x3() : g1(V::set(0)) {
+    UNROLL for (int y = 0; y < Rows; ++y) UNROLL for (int dx = 0; dx < 3; ++dx) gwd[y][dx] = V::set(0);
+  }
+};
+
+// `count` runs of Count columns, from the `column`-th on, of one vector of channels.
+//
+// Of stride 1 a column is under the kernel's three, that is gd's pixels 0, 1, 2 after its first. Of stride 2 columns
+// come in pairs: the first is under the middle of the kernel, at gd's pixel 0, the second under both its sides, at 0
+// and 1.
+template <int Stride, int Rows, int Count>
+ALWAYS_INLINE void backward_3x3_runs(const DepthwiseBackward3x3& r, const Open& open, int64_t column, int64_t count,
+                                     int64_t vector, Sums3x3<Rows>& sums) {
+  constexpr int kPixels = Stride == 1 ? Count + 2 : Count / 2 + 1;
+  const int64_t pitch = r.pitch, e_pitch = r.e_pitch, at = vector * V::width;
+  const float *g[Rows], *w[Rows], *e = r.e + column * e_pitch + at;
+  float* out = r.out + column * pitch + at;
+  UNROLL for (int y = 0; y < Rows; ++y) {
+    g[y] = r.g[y] + column / Stride * pitch + at;
+    w[y] = r.weights + (vector * 9 + r.weights_row[y] * 3) * V::width;
+  }
+  for (; count > 0; --count, e += Count * e_pitch, out += Count * pitch) {
+    V::T acc[Count], values[Count];
+    UNROLL for (int c = 0; c < Count; ++c) {
+      values[c] = V::load(e + c * e_pitch);
+      acc[c] = V::set(0);
+    }
+    UNROLL for (int y = 0; y < Rows; ++y) {
+      V::T weights[3];
+      UNROLL for (int dx = 0; dx < 3; ++dx) weights[dx] = V::load(w[y] + dx * V::width);
+      // every third pixel in turn, as in depthwise_run(): the next addition to a sum does not wait for the last
+      UNROLL for (int first = 0; first < 3; ++first) UNROLL for (int p = first; p < kPixels; p += 3) {
+        const V::T pixel = V::load(g[y] + p * pitch);
+        UNROLL for (int dx = 2; dx >= 0; --dx) {
+          // the column that this pixel is under tap dx of
+          const int c = Stride == 1 ? p - (2 - dx) : 2 * p + dx - 1;
+          if (c < 0 || c >= Count) continue;
+          acc[c] = V::fma(pixel, weights[dx], acc[c]);
+          sums.gwd[y][dx] = V::fma(pixel, values[c], sums.gwd[y][dx]);
+        }
       }
+      g[y] += Count / Stride * pitch;
     }
-    const float* e = r.e + column * r.e_pitch + vector * V::width;
-    float* out = r.out + column * r.pitch + vector * V::width;
-    UNROLL for (int u = 0; u < Count; ++u, e += r.e_pitch, out += r.pitch) {
-      const V::T g = open.keep(acc[u], V::load(e));
-      *sum = V::add(*sum, g);
-      V::store(out, g);
+    UNROLL for (int c = 0; c < Count; ++c) {
+      acc[c] = open.keep(acc[c], values[c]);
+      V::store(out + c * pitch, acc[c]);
     }
+    UNROLL for (int half = 1; half < Count; half *= 2) UNROLL for (int c = 0; c + half < Count; c += 2 * half) acc[c] =
+        V::add(acc[c], acc[c + half]);
+    sums.g1 = V::add(sums.g1, acc[0]);
   }
 }
 
-template <int Count>
-ALWAYS_INLINE void transposed_3x3_runs_of(int64_t run, const DepthwiseBackward3x3& r, const Open& open, int64_t column,
-                                          int64_t count, int64_t vector, V::T* sum) {
+constexpr int kBackwardRun = 4;
+
+template <int Stride, int Rows, int Count>
+ALWAYS_INLINE void backward_3x3_runs_of(int64_t run, const DepthwiseBackward3x3& r, const Open& open, int64_t column,
+                                        int64_t count, int64_t vector, Sums3x3<Rows>& sums) {
   if constexpr (Count >= 1) {
     if (run == Count)
-      transposed_3x3_runs<Count>(r, open, column, count, vector, sum);
+      backward_3x3_runs<Stride, Rows, Count>(r, open, column, count, vector, sums);
     else
-      transposed_3x3_runs_of<Count - 1>(run, r, open, column, count, vector, sum);
+      backward_3x3_runs_of<Stride, Rows, Count - Stride>(run, r, open, column, count, vector, sums);
   }
 }
 
-// gwd of a vector of channels: two columns a turn, which share two of three pixels of gd.
-ALWAYS_INLINE void weight_gradient_3x3(const DepthwiseBackward3x3& r, int64_t vector) {
-  V::T sums[3][3];
-  UNROLL for (int dy = 0; dy < 3; ++dy) UNROLL for (int i = 0; i < 3; ++i) sums[dy][i] = V::set(0);
-  const float *e = r.e + vector * V::width, *g[3];
-  UNROLL for (int dy = 0; dy < 3; ++dy) g[dy] = r.g[dy] + vector * V::width;
-  int64_t column = 0;
-  for (; column + 2 <= r.width; column += 2, e += 2 * r.e_pitch) {
-    const V::T first = V::load(e), second = V::load(e + r.e_pitch);
-    UNROLL for (int dy = 0; dy < 3; ++dy) {
-      UNROLL for (int i = 0; i < 4; ++i, g[dy] += r.pitch) {
-        const V::T pixel = V::load(g[dy]);
-        if (i < 3) sums[dy][i] = V::fma(pixel, first, sums[dy][i]);
-        if (i > 0) sums[dy][i - 1] = V::fma(pixel, second, sums[dy][i - 1]);
-      }
-      g[dy] -= 2 * r.pitch;
-    }
-  }
-  if (column < r.width) {
-    const V::T last = V::load(e);
-    UNROLL for (int dy = 0; dy < 3; ++dy) UNROLL for (int i = 0; i < 3; ++i) sums[dy][i] =
-        V::fma(V::load(g[dy] + i * r.pitch), last, sums[dy][i]);
-  }
-  float* to = r.weight_sums + vector * 9 * V::width;
-  UNROLL for (int dy = 0; dy < 3; ++dy) UNROLL for (int i = 0; i < 3; ++i) {
-    float* tap = to + (dy * 3 + 2 - i) * V::width;
-    V::store(tap, V::add(V::load(tap), sums[dy][i]));
-  }
-}
-
-NOINLINE void depthwise_backward_3x3(const DepthwiseBackward3x3& r) {
-  const int64_t count = ceil_div(r.width, V::kMaxPatch[1]), low = r.width / count, longer = r.width % count;
+// `columns` of them, pairs if Stride is 2.
+template <int Stride, int Rows>
+NOINLINE void backward_3x3(const DepthwiseBackward3x3& r, int64_t columns) {
+  const int64_t units = columns / Stride, count = ceil_div(columns, kBackwardRun), low = units / count * Stride;
+  const int64_t longer = units % count;
   const Open open = r.open;
   for (int64_t v = 0; v < r.vectors; ++v) {
-    V::T sum = V::set(0);
-    if (longer) transposed_3x3_runs_of<V::kMaxPatch[1]>(low + 1, r, open, 0, longer, v, &sum);
-    transposed_3x3_runs_of<V::kMaxPatch[1]>(low, r, open, longer * (low + 1), count - longer, v, &sum);
-    float* sums = r.sums + v * V::width;
-    V::store(sums, V::add(V::load(sums), sum));
-    weight_gradient_3x3(r, v);
+    Sums3x3<Rows> sums;
+    if (longer) backward_3x3_runs_of<Stride, Rows, kBackwardRun>(low + Stride, r, open, 0, longer, v, sums);
+    backward_3x3_runs_of<Stride, Rows, kBackwardRun>(low, r, open, longer * (low + Stride), count - longer, v, sums);
+    float* to = r.sums + v * V::width;
+    V::store(to, V::add(V::load(to), sums.g1));
+    UNROLL for (int y = 0; y < Rows; ++y) UNROLL for (int dx = 0; dx < 3; ++dx) {
+      float* tap = r.weight_sums + (v * 9 + r.weights_row[y] * 3 + dx) * V::width;
+      V::store(tap, V::add(V::load(tap), sums.gwd[y][dx]));
+    }
   }
 }
 
@@ -514,7 +522,7 @@ struct TrainBuffers {
   int64_t ring_rows, columns;   // of e, with its padding
   int64_t g_rows, g_left, g_columns;
   int64_t wide_rows, wide_pitch;
-  int64_t d, h, gh, g1, gz, z, ring, g_ring, wide, run_sums, zero_row, shift, shifted, gram, rows, offsets,
+  int64_t d, h, gh, g1, gz, z, ring, g_ring, wide, run_sums, shift, shifted, gram, rows, offsets,
       size;  // offsets in floats
 };
 
@@ -583,8 +591,6 @@ static TrainBuffers train_buffers(const TrainArgs& a, const TrainLayout& l, cons
   b.g_ring = section(b.g_rows * b.g_columns * p.chunk);
   b.wide = section(b.wide_rows * a.width * b.wide_pitch);
   b.run_sums = section(b.backward ? (a.dims.kernel * a.dims.kernel + 1) * p.chunk : 0);
-  const bool is_3x3 = a.dims.kernel == 3 && a.stride == 1 && a.dilation == 1;
-  b.zero_row = b.backward && is_3x3 ? section(b.g_columns * p.pitch) : 0;  // what lies above and below all rows of gd
   const bool has_t = b.backward && a.t;
   b.shift = section(is_depthwise ? l.hidden_padded : is_project ? l.out_padded : has_t ? l.in_padded : 0);
   b.shifted = section(has_t ? b.part_rows * a.width * b.wide_pitch : 0);
@@ -1187,53 +1193,60 @@ struct TrainWork {
     float* weight_sums = scratch + b.run_sums + panel.index * plan.pitch * k * k;
     float* sums = scratch + b.run_sums + plan.chunk * k * k + panel.index * plan.pitch;
     const Open through = expand ? open : Open({-kInfinity, kInfinity});
-    if (b.zero_row) {
-      const auto gradient = [&](int64_t y) __attribute__((always_inline)) {
-        const float* pixels = y < 0 || y >= a.out_height ? scratch + b.zero_row : gradient_row(panel, y);
-        return pixels + (b.g_left + a.pad_left - 2) * plan.pitch;
-      };
-      const int64_t y = row + a.pad_top;
-      return depthwise_backward_3x3({{gradient(y), gradient(y - 1), gradient(y - 2)},
-                                     e,
-                                     e_pitch,
-                                     out,
-                                     plan.pitch,
-                                     a.width,
-                                     panel.vectors,
-                                     weights,
-                                     weight_sums,
-                                     sums,
-                                     through});
-    }
-    Tap taps[kMaxKernel * kMaxKernel];
-    DepthwiseBackward r = {taps,
-                           0,
-                           plan.pitch,
-                           nullptr,
-                           a.stride * e_pitch,
-                           nullptr,
-                           a.stride * plan.pitch,
-                           panel.vectors,
-                           k * k * V::width,
-                           weights,
-                           weight_sums,
-                           sums,
-                           through};
-    for (int64_t first = 0; first < min64(a.stride, a.width); ++first) {
-      r.tap_count = 0;
+    // gd's row under tap dy, its first column; null where there is none
+    const auto gradient = [&](int64_t dy) __attribute__((always_inline)) -> const float* {
+      const int64_t y = row + a.pad_top - dy * a.dilation;
+      if (y < 0 || y % a.stride != 0 || y / a.stride >= a.out_height) return nullptr;
+      return gradient_row(panel, y / a.stride) + b.g_left * plan.pitch;
+    };
+    // `count` columns, `stride` apart
+    const auto columns = [&](int64_t first, int64_t count) {
+      Tap taps[kMaxKernel * kMaxKernel];
+      int64_t tap_count = 0;
       for (int64_t dy = 0; dy < k; ++dy) {
-        const int64_t y = row + a.pad_top - dy * a.dilation;
-        if (y < 0 || y % a.stride != 0 || y / a.stride >= a.out_height) continue;
-        const float* gradient = gradient_row(panel, y / a.stride) + b.g_left * plan.pitch;
-        for (int64_t dx = 0; dx < k; ++dx) {
+        const float* pixels = gradient(dy);
+        for (int64_t dx = 0; pixels && dx < k; ++dx) {
           const int64_t x = first + a.pad_left - dx * a.dilation;
-          if (x % a.stride == 0) taps[r.tap_count++] = {gradient + x / a.stride * plan.pitch, (dy * k + dx) * V::width};
+          if (x % a.stride == 0) taps[tap_count++] = {pixels + x / a.stride * plan.pitch, (dy * k + dx) * V::width};
         }
       }
-      r.e = e + first * e_pitch;
-      r.out = out + first * plan.pitch;
-      depthwise_backward_columns(r, ceil_div(a.width - first, a.stride));
+      depthwise_backward_columns(
+          {taps, tap_count, plan.pitch, e + first * e_pitch, a.stride * e_pitch, out + first * plan.pitch,
+           a.stride * plan.pitch, panel.vectors, k * k * V::width, weights, weight_sums, sums, through},
+          count);
+    };
+    if (k != 3 || a.dilation != 1 || a.stride > 2) {
+      for (int64_t first = 0; first < min64(a.stride, a.width); ++first)
+        columns(first, ceil_div(a.width - first, a.stride));
+      return;
     }
+    // Of stride 2 pairs begin with a column under the middle of the kernel.
+    const int64_t first = a.stride == 2 && a.pad_left % 2 == 0, paired = (a.width - first) / a.stride * a.stride;
+    const int64_t x = a.stride == 1 ? a.pad_left - 2 : (first + a.pad_left - 1) / 2;
+    DepthwiseBackward3x3 r = {{},
+                              {},
+                              e + first * e_pitch,
+                              e_pitch,
+                              out + first * plan.pitch,
+                              plan.pitch,
+                              panel.vectors,
+                              weights,
+                              weight_sums,
+                              sums,
+                              through};
+    int rows = 0;
+    for (int dy = 0; dy < 3; ++dy)
+      if (const float* pixels = gradient(dy)) {
+        r.g[rows] = pixels + x * plan.pitch;
+        r.weights_row[rows++] = dy;
+      }
+    constexpr decltype(&backward_3x3<1, 1>) kOfRows[2][4] = {
+        {nullptr, backward_3x3<1, 1>, backward_3x3<1, 2>, backward_3x3<1, 3>},
+        {nullptr, backward_3x3<2, 1>, backward_3x3<2, 2>, nullptr}};
+    const auto backward = kOfRows[a.stride - 1][rows];
+    if (backward && paired) backward(r, paired);
+    for (int64_t c = 0; c < a.width; ++c)
+      if (!backward || c < first || c >= first + paired) columns(c, 1);
   }
 
   // The sums of a part and chunk, to the item's.
@@ -1269,8 +1282,6 @@ struct TrainWork {
     zero_e_columns();
     zero_columns(scratch + b.g_ring, plan.chunk / plan.pitch * b.g_rows, b.g_columns, b.g_left, b.g_left + a.out_width,
                  plan.pitch);
-    if (b.zero_row)
-      for (int64_t i = 0; i < b.g_columns * plan.pitch; ++i) scratch[b.zero_row + i] = 0;
     bool first_part = true;
     for_each_part(a.height, [&](int64_t part_begin, int64_t part_end) {
       const int64_t out_begin = first_out_row(part_begin), out_end = max64(end_out_row(part_end), out_begin);
