@@ -65,7 +65,10 @@ static Buffers buffers_of(const BlockArgs& a, const PackedLayout& l, const Plan&
   // With one chunk every group copies the rows that are new to it, over those of which nobody is in need any more.
   const int64_t held_rows = l.hidden_padded <= plan.chunk ? plan.group_rows : plan.band_rows;
   b.wide_rows = b.widen ? min64(max64((held_rows - 1) * a.stride + reach, held_rows * a.stride), a.height) : 0;
-  b.wide_pitch = ceil_div(a.dims.in_channels, V::width) * V::width;
+  // Padded where whole vectors of it are read. Else a row is copied as if it were one pixel.
+  b.wide_pitch = a.dims.expand && a.x_stride_pixel == a.dims.in_channels
+                     ? a.dims.in_channels
+                     : ceil_div(a.dims.in_channels, V::width) * V::width;
   b.d = 0;
   b.acc = b.d + plan.group_rows * a.out_width * plan.chunk;
   b.ring = b.acc + plan.band_rows * a.out_width * l.out_padded;
@@ -298,13 +301,24 @@ struct Item {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t v = 0; v < l.out_padded / V::width; ++v) {
         const Output<Storage> output = output_rows(row, v);
-        for (int64_t c = 0; c < a.out_width; ++c) {
-          const Real* p = sums + ((row - begin) * a.out_width + c) * l.out_padded + v * V::width;
-          V::T sum = V::load(p);
-          for (int64_t s = 1; s < splits; ++s) sum = V::add(sum, V::load(p + s * stride));
-          output.write(c, 0, sum);
-        }
+        const Real* p = sums + (row - begin) * a.out_width * l.out_padded + v * V::width;
+        if (splits == 1)
+          write_row(output, [&](int64_t c) __attribute__((always_inline)) { return V::load(p + c * l.out_padded); });
+        else
+          write_row(output, [&](int64_t c) __attribute__((always_inline)) {
+            V::T sum = V::load(p + c * l.out_padded);
+            for (int64_t s = 1; s < splits; ++s) sum = V::add(sum, V::load(p + c * l.out_padded + s * stride));
+            return sum;
+          });
       }
+  }
+  template <class Sum>
+  ALWAYS_INLINE void write_row(const Output<Storage>& output, const Sum& sum) const {
+    const int64_t width = a.out_width;
+    if (output.channels >= V::width && !output.x && !output.bounded)
+      for (int64_t c = 0; c < width; ++c) Storage::store(output.y + c * output.y_stride, sum(c));
+    else
+      for (int64_t c = 0; c < width; ++c) output.write(c, 0, sum(c));
   }
 
   ALWAYS_INLINE Output<Storage> output_rows(int64_t row, int64_t v) const {
@@ -321,9 +335,15 @@ struct Item {
   }
 
   void widen_rows(int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      widen_row<Storage>(x + row * a.x_stride_row, a.x_stride_pixel, a.width, a.dims.in_channels, b.wide_pitch,
-                         wide_row(row));
+    const int64_t channels = a.dims.in_channels;
+    const bool dense = b.wide_pitch == channels && a.x_stride_pixel == channels;
+    for (int64_t row = begin; row < end; ++row) {
+      const Element* from = x + row * a.x_stride_row;
+      if (dense)
+        widen_row<Storage>(from, 0, 1, a.width * channels, 0, wide_row(row));
+      else
+        widen_row<Storage>(from, a.x_stride_pixel, a.width, channels, b.wide_pitch, wide_row(row));
+    }
   }
 
   void run() {

@@ -17,6 +17,8 @@
 // What bf16 parts cannot stand for: pixels with infinities or NaN are multiplied as fp32 (`fp32_product`), so are
 // numbers so large that a partial product could overflow where the product does not, and weights of either kind. AMX
 // takes denormals for zeros: what is below 2^-110 loses bits.
+//
+// A number of 16 bits is the sum of its first two parts: of x in such storage five products count.
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics of shifts, where they are inlined
 #include <immintrin.h>
 
@@ -80,18 +82,19 @@ ALWAYS_INLINE void load_pairs(const uint16_t* from, V::T* first, V::T* second) {
 ALWAYS_INLINE int64_t place(int64_t k) { return k % 16 * 2 + k / 16; }
 
 // The left matrix of a product, split: [step][pixel][part][32]. As many pixels a tile as make all of them equal.
-// on_tiles: as tiles multiply them; else fp32_product does.
+// on_tiles: as tiles multiply them; else fp32_product does. third: there is something in the third parts.
 struct Pixels {
   uint16_t* first;
   int64_t count, rows, steps;
-  bool on_tiles;
+  bool on_tiles, third;
   ALWAYS_INLINE int64_t tiles() const { return count ? ceil_div(count, rows) : 0; }
   ALWAYS_INLINE int64_t step() const { return ceil_div(count, kTileRows) * kStep; }  // numbers of a step of all pixels
   ALWAYS_INLINE uint16_t* row(int64_t pixel, int64_t step_) const { return first + step_ * step() + pixel * kRow; }
 };
 static ALWAYS_INLINE bool tame(const float* packed) { return !reinterpret_cast<const PackedHeader*>(packed)->wild; }
-static Pixels pixels_in(uint16_t* memory, int64_t count, int64_t depth, bool on_tiles) {
-  return {memory, count, count ? ceil_div(count, ceil_div(count, kTileRows)) : 1, ceil_div(depth, kPanel), on_tiles};
+static Pixels pixels_in(uint16_t* memory, int64_t count, int64_t depth, bool on_tiles, bool third) {
+  const int64_t rows = count ? ceil_div(count, ceil_div(count, kTileRows)) : 1;
+  return {memory, count, rows, ceil_div(depth, kPanel), on_tiles, third};
 }
 static int64_t pixels_size(int64_t count, int64_t depth) {  // in bytes
   return ceil_div(count, kTileRows) * ceil_div(depth, kPanel) * kStep * 2;
@@ -227,8 +230,9 @@ struct Start {
 
 // 1 or 2 tiles of pixels by 1 or 2 of channels, on top of `start`. meanwhile() is called after each few
 // multiplications. Small products come first. A tile has `rows` pixels; step: numbers from a step's to the next's.
+// third: of `a`, as Pixels has it.
 template <int Rows, int Columns, class Meanwhile>
-ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t rows, int64_t step, const uint16_t* w, int64_t steps,
+ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t rows, int64_t step, bool third, const uint16_t* w, int64_t steps,
                           const Start& start, Meanwhile& meanwhile) {
   if (start.first) {
     const float* const below = start.first + rows * start.pitch / 4;
@@ -255,9 +259,13 @@ ALWAYS_INLINE void sum_up(const uint16_t* a, int64_t rows, int64_t step, const u
     meanwhile();
   };
   for (; steps > 0; --steps, a += step, w += 2 * kStep) {
-    pixels(2);
     weights(0);
-    multiply();
+    if (third) {
+      pixels(2);
+      multiply();
+    } else {
+      meanwhile();
+    }
     pixels(1);
     multiply();
     weights(1);
@@ -374,7 +382,7 @@ NOINLINE void tile_product(TileShapes& shapes, const Pixels& a, const Weights& w
           meanwhile.pixels_a_slice = ceil_div(meanwhile.pixels, steps * kSlices);
           const auto run = [&](auto rows, auto columns) __attribute__((always_inline)) {
             constexpr int kRows = decltype(rows)::value, kColumns = decltype(columns)::value;
-            sum_up<kRows, kColumns>(left, a.rows, a.step(), now, steps, start, meanwhile);
+            sum_up<kRows, kColumns>(left, a.rows, a.step(), a.third, now, steps, start, meanwhile);
             if (!stay) store_sums<kRows, kColumns>(out, a.rows);
           };
           if (two_columns)
@@ -659,8 +667,8 @@ struct Item {
   Pixels prepare_rows(int64_t begin, int64_t end) {
     int32_t* to = offsets;
     int64_t pixel = 0;
-    Pixels pixels =
-        pixels_in(x_tiles, item.images * (end - begin) * a.width, a.dims.in_channels, on_tiles(a.height * a.width));
+    Pixels pixels = pixels_in(x_tiles, item.images * (end - begin) * a.width, a.dims.in_channels,
+                              on_tiles(a.height * a.width), Storage::kOwn);
     for (int64_t image = 0; image < item.images; ++image)
       for (int64_t row = begin; row < end; ++row, pixel += a.width) {
         int64_t at = image * b.image_size + ring_row(row) + a.pad_left * kPanel;
@@ -756,7 +764,7 @@ struct Item {
       if (a.dims.expand && end > begin) pixels = prepare_rows(begin, end);
       const int64_t out_pixels = (row_end - row) * a.out_width;
       Pixels of_d = pixels_in(d_tiles, item.images * out_pixels, item.hidden_end - item.hidden_begin,
-                              on_tiles(a.out_height * a.out_width));
+                              on_tiles(a.out_height * a.out_width), true);
       float* chunk_rings = ring;
       for (int64_t hidden = item.hidden_begin; hidden < item.hidden_end; hidden += plan.chunk) {
         const int64_t hidden_end = min64(hidden + plan.chunk, item.hidden_end);
@@ -848,8 +856,8 @@ struct ConvWork {
                        channels - from_channel, depth * kPanel};
     const Workspace workspace = workspace_in(memory + b.workspace);
     for (int64_t pixel = item.line_begin * line; pixel < end; pixel += kRun) {
-      Pixels pixels =
-          pixels_in(reinterpret_cast<uint16_t*>(memory), min64(kRun, end - pixel), a.dims.in_channels, tame(a.packed));
+      Pixels pixels = pixels_in(reinterpret_cast<uint16_t*>(memory), min64(kRun, end - pixel), a.dims.in_channels,
+                                tame(a.packed), Storage::kOwn);
       read(pixel, pixels);
       Element* y = static_cast<Element*>(a.y) + pixel * channels + from_channel;
       if constexpr (Storage::kOwn) {
