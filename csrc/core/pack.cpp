@@ -27,29 +27,38 @@ PackedHeader header_for(const BlockDims& d, Tier tier) {
 }
 
 // A plain matrix [channel][depth].
-void pack_matrix(const float* src, int64_t channels, int64_t depth, int64_t padded, int64_t panel, float* dst) {
-  const PanelMatrix matrix{src, channels, depth, depth, 1, padded, panel, dst};
+void pack_matrix(const float* src, int64_t channels, int64_t depth, int64_t padded, int64_t panel, float* dst,
+                 int pairs = 0, int lanes = 0) {
+  const PanelMatrix matrix{src, channels, depth, depth, 1, padded, panel, dst, pairs, lanes};
   pack_panels(matrix, 0, panel_count(matrix));
 }
 
-// [out][hidden] as Steps<true> in tile_generic.h takes it: lanes 2s and 2s + 1 of a vector are one channel's weights
-// for an even hidden channel and the next. Which channel: two vectors side by side hold 16 of 16 lanes each, in each
-// 128 bits of the first channels 4i and 4i + 1, of the second 4i + 2 and 4i + 3 (their sums come in order out of one
-// shuffle); a last vector alone holds 8 in order.
-void pack_pairs(const float* src, int64_t out, int64_t hidden, int vectors, int lanes, float* dst) {
-  for (int64_t h = 0; h < hidden; h += 2)
-    for (int v = 0; v < vectors; ++v)
-      for (int lane = 0; lane < lanes; ++lane) {
-        const bool alone = v % 2 == 0 && v + 1 == vectors;
-        const int slot = lane / 2, of_two = v / 2 * lanes + slot / 2 * 4 + v % 2 * 2 + slot % 2;
-        const int64_t channel = alone ? v * lanes / 2 + slot : of_two;
-        *dst++ = channel < out ? src[channel * hidden + h + lane % 2] : 0.0f;
-      }
+// As Steps<true> in tile_generic.h takes it: lanes 2s and 2s + 1 of a vector are one channel's weights for an even step
+// of the depth and the next. Which channel: two vectors side by side hold 16 of 16 lanes each, in each 128 bits of the
+// first channels 4i and 4i + 1, of the second 4i + 2 and 4i + 3 (their sums come in order out of one shuffle); a last
+// vector alone holds 8 in order.
+void pack_pairs(const PanelMatrix& m) {
+  for (int v = 0; v < m.pairs; ++v)
+    for (int lane = 0; lane < m.lanes; ++lane) {
+      const bool alone = v % 2 == 0 && v + 1 == m.pairs;
+      const int slot = lane / 2, of_two = v / 2 * m.lanes + slot / 2 * 4 + v % 2 * 2 + slot % 2;
+      const int64_t channel = alone ? v * m.lanes / 2 + slot : of_two;
+      const float* from = m.src + channel * m.channel_stride + lane % 2 * m.depth_stride;
+      float* to = m.dst + v * m.lanes + lane;
+      for (int64_t k = 0; k < m.depth; k += 2, to += m.pairs * m.lanes)
+        *to = channel < m.channels ? from[k * m.depth_stride] : 0.0f;
+    }
 }
 
 }  // namespace
 
+int paired_vectors(const TierKernels& kernels, int64_t channels, int64_t depth) {
+  const int64_t pairs = ceil_divide(channels, kernels.vector / 2);
+  return pairs <= kernels.paired_panel && depth % 2 == 0 ? static_cast<int>(pairs) : 0;
+}
+
 void pack_panels(const PanelMatrix& m, int64_t panel_begin, int64_t panel_end) {
+  if (m.pairs) return pack_pairs(m);
   for (int64_t first = panel_begin * m.panel; first < m.padded && first < panel_end * m.panel; first += m.panel) {
     const int64_t width = first + m.panel <= m.padded ? m.panel : m.padded - first;
     const int64_t given = first + width <= m.channels ? width : m.channels > first ? m.channels - first : 0;
@@ -104,8 +113,7 @@ PackedLayout packed_layout(const BlockDims& d, Tier tier) {
   l.out_padded = round_up(d.out_channels, l.vector);
   l.hidden_panel = panel_width(l.hidden_padded / l.vector, kernels->max_panel);
   l.out_panel = panel_width(l.out_padded / l.vector, kernels->max_panel);
-  const int64_t pairs = ceil_divide(d.out_channels, l.vector / 2);
-  l.out_pairs = pairs <= kernels->paired_panel && d.hidden_channels % 2 == 0 ? static_cast<int>(pairs) : 0;
+  l.out_pairs = paired_vectors(*kernels, d.out_channels, d.hidden_channels);
   const int64_t header = packed_header(*kernels);
   int64_t at = header;
   const auto section = [&](int64_t numbers) {
@@ -148,10 +156,8 @@ bool pack(const BlockDims& d, const RawWeights& raw, Tier tier, float* packed) {
     }
     pack_matrix(raw.w_depthwise, d.hidden_channels, d.kernel * d.kernel, l.hidden_padded, l.vector, to + l.wd);
     pack_bias(raw.b_depthwise, d.hidden_channels, l.hidden_padded, to + l.b2);
-    if (l.out_pairs)
-      pack_pairs(raw.w_project, d.out_channels, d.hidden_channels, l.out_pairs, l.vector, to + l.w2);
-    else
-      pack_matrix(raw.w_project, d.out_channels, d.hidden_channels, l.out_padded, l.out_panel * l.vector, to + l.w2);
+    pack_matrix(raw.w_project, d.out_channels, d.hidden_channels, l.out_padded, l.out_panel * l.vector, to + l.w2,
+                l.out_pairs, l.vector);
     pack_bias(raw.b_project, d.out_channels, l.out_padded, to + l.b3);
   });
 }

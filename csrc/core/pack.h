@@ -38,13 +38,17 @@ inline int64_t packed_header(const TierKernels& kernels) { return kPackedHeader 
 bool write_packed(const PackedHeader& header, const TierKernels& kernels, int64_t numbers, float* packed,
                   const std::function<void(float*)>& fill);
 
-// A matrix in panels of `panel` channels, dst[panel][depth][channel], zeros in the channels behind the last.
+// A matrix in panels of `panel` channels, dst[panel][depth][channel], zeros in the channels behind the last. Or paired:
+// one panel, dst[depth / 2][pairs][lanes], of an even depth.
 struct PanelMatrix {
   const float* src;  // src[channel * channel_stride + k * depth_stride]
   int64_t channels, depth, channel_stride, depth_stride;
   int64_t padded, panel;  // in floats
   float* dst;
+  int pairs = 0, lanes = 0;
 };
+// The vectors of such a panel; 0 if the tier would not gain by one.
+int paired_vectors(const TierKernels& kernels, int64_t channels, int64_t depth);
 inline int64_t panel_count(const PanelMatrix& m) { return ceil_divide(m.padded, m.panel); }
 void pack_panels(const PanelMatrix& matrix, int64_t panel_begin, int64_t panel_end);
 

@@ -68,12 +68,16 @@ struct Packing {
     const int64_t in_panel = l.in_panel * vector, hidden_panel = l.hidden_panel * vector;
     const bool needs_e = a.phase == TrainPhase::depthwise_backward || !a.d;
     l.expand = add({needs_e && !a.e ? a.w1 : nullptr, hidden, in, in, 1, l.hidden_padded, hidden_panel, nullptr});
-    l.expand_backward = add({a.g_out ? a.w1 : nullptr, in, hidden, 1, in, l.in_padded, in_panel, nullptr});
+    l.in_pairs = paired_vectors(kernels, in, hidden);
+    l.out_pairs = paired_vectors(kernels, out, hidden);
+    l.expand_backward =
+        add({a.g_out ? a.w1 : nullptr, in, hidden, 1, in, l.in_padded, in_panel, nullptr, l.in_pairs, l.vector});
     l.depthwise = add({needs_e ? a.wd : nullptr, hidden, taps, taps, 1, l.hidden_padded, vector, nullptr});
     if (is_backward(a.phase))
       l.project_backward = add({a.g2 ? nullptr : a.w2, hidden, out, 1, hidden, l.hidden_padded, hidden_panel, nullptr});
     else
-      l.project = add({a.w2, out, hidden, hidden, 1, l.out_padded, l.out_panel * vector, nullptr});
+      l.project =
+          add({a.w2, out, hidden, hidden, 1, l.out_padded, l.out_panel * vector, nullptr, l.out_pairs, l.vector});
     l.input = add({a.m, in, in, in, 1, l.in_padded, in_panel, nullptr});
     l.expand_bias = add_vector(a.b1, hidden, l.hidden_padded);
     l.scale2 = add_vector(a.scale2, hidden, l.hidden_padded);

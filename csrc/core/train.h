@@ -90,12 +90,13 @@ bool keeps_e(const TrainArgs& args);
 struct TrainLayout {
   int vector;
   int in_panel, hidden_panel, out_panel;  // vectors a panel
+  int in_pairs, out_pairs;                // of expand_backward and project, if they are paired, else 0
   int64_t in_padded, hidden_padded, out_padded;
   int64_t expand;            // w1 [hidden panels][Cin][panel]
   int64_t expand_bias;       // b1 [hidden padded]
-  int64_t expand_backward;   // w1 [in panels][C][panel]
+  int64_t expand_backward;   // w1 [in panels][C][panel], or paired [C / 2][panel]
   int64_t depthwise;         // wd [hidden vectors][k*k][vector]
-  int64_t project;           // w2 [out panels][C][panel]
+  int64_t project;           // w2 [out panels][C][panel], or paired
   int64_t project_backward;  // w2 [hidden panels][Cout][panel]
   int64_t input;             // m [in panels][Cin][panel]
   int64_t scale2, shift2, a2, b2, c2, scale3, shift3, a3, b3, c3, c0;

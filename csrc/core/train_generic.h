@@ -953,6 +953,15 @@ struct TrainWork {
       multiply(Rows{first + whole * panel_size(), plan.pitch, rest}, hidden + whole * plan.pitch, fresh && !whole);
   }
 
+  template <class Epilogue>
+  static ALWAYS_INLINE void product_or_paired(int pairs, int64_t width, const Rows& rows, int64_t pixels,
+                                              const float* w, const Epilogue& epilogue) {
+    if (pairs)
+      paired_product(pairs, rows, pixels, w, epilogue);
+    else
+      product(width, rows, pixels, w, epilogue);
+  }
+
   // z += w2 h over a chunk; `to` is the group's first pixel in scratch, `next` that of d where the next group begins.
   void project(int64_t pixels, int64_t hidden, int64_t channels, float* to, const Element* next) {
     const int64_t vectors = l.out_padded / V::width;
@@ -960,15 +969,16 @@ struct TrainWork {
       const int64_t width = min64(l.out_panel, vectors - v);
       float* out = to + v * V::width;
       for_segments(scratch + b.h, hidden, channels, [&](const Rows& rows, int64_t channel, bool fresh) {
-        const float* w = packed + l.project + (v * hidden_channels + channel * width) * V::width;
+        const int64_t weights = l.out_pairs ? channel / 2 * l.out_pairs : v * hidden_channels + channel * width;
+        const float* w = packed + l.project + weights * V::width;
         const KeepSum keep{{kZeros, fresh ? nullptr : out, l.out_padded}, out};
-        if (!next || channel != hidden) return product(width, rows, pixels, w, keep);
+        if (!next || channel != hidden) return product_or_paired(l.out_pairs, width, rows, pixels, w, keep);
         // Beside each row that is stored a pixel of d; each panel fetches a share of the channels.
         constexpr int64_t kSize = sizeof(Element);
         const int64_t begin = channels * v / vectors, end = channels * (v + width) / vectors;
-        product(width, rows, pixels, w,
-                KeepSumAndFetch{keep, reinterpret_cast<const char*>(next + begin), hidden_channels * kSize,
-                                (end - begin) * kSize});
+        product_or_paired(l.out_pairs, width, rows, pixels, w,
+                          KeepSumAndFetch{keep, reinterpret_cast<const char*>(next + begin), hidden_channels * kSize,
+                                          (end - begin) * kSize});
       });
     }
   }
@@ -1036,8 +1046,10 @@ struct TrainWork {
     for (int64_t v = 0; v < vectors; v += l.in_panel) {
       const int64_t width = min64(l.in_panel, vectors - v), count = in_channels - v * V::width;
       for_segments(scratch + b.g1, hidden, channels, [&](const Rows& rows, int64_t channel, bool fresh) {
-        const float* w = packed + l.expand_backward + (v * hidden_channels + channel * width) * V::width;
-        product(width, rows, pixels, w, AddRows{to + v * V::width, in_channels, static_cast<int>(count), fresh});
+        const int64_t weights = l.in_pairs ? channel / 2 * l.in_pairs : v * hidden_channels + channel * width;
+        const float* w = packed + l.expand_backward + weights * V::width;
+        product_or_paired(l.in_pairs, width, rows, pixels, w,
+                          AddRows{to + v * V::width, in_channels, static_cast<int>(count), fresh});
       });
     }
   }
