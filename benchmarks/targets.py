@@ -39,7 +39,7 @@ from mbv2_kernels._bench.peers import Eager, Folded, Fused, Peer, Run
 from mbv2_kernels._bench.suite import blocks as suite_blocks
 from mbv2_kernels._bench.suite import columns, missing_lines, peer_versions, record, write_json
 from mbv2_kernels._bench.timing import Comparison, check, compare, interleave
-from mbv2_kernels._bench.verify import ERROR_BOUNDS
+from mbv2_kernels._bench.verify import error_limit, relative_error, summands
 from mbv2_kernels.cli import DTYPES, Parser, Progress, network_options, output_options, run, seconds, timing_options
 from mbv2_kernels.recognise import LAYER_KINDS
 from peers import OnnxRuntime, OpenVino
@@ -220,28 +220,32 @@ def blocks(m: Measurement) -> None:
 
 @torch.no_grad()
 def storage(m: Measurement) -> None:
-    """Blocks in 16-bit storage against float32, fused all of them, one thread, batch 1."""
+    """The network and its blocks in 16-bit storage against float32, fused all of them, one thread, batch 1."""
     ratios: dict[str, dict[str, float]] = {}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        todo = single_blocks()
-        for done, (path, block, x) in enumerate(todo):
+        todo = [("network", *network_of("builtin:mobilenet_v2")), *single_blocks()]
+        for done, (path, part, x) in enumerate(todo):
             m.progress(path, done, len(todo))
             runs: dict[str, Run] = {}
             for name, dtype in DTYPES.items():
-                own, x_own = copy.deepcopy(block).to(dtype), x.to(dtype)
+                own, x_own = copy.deepcopy(part).to(dtype), x.to(dtype)
                 reference = copy.deepcopy(own).double()(x_own.double())
+                unfused = relative_error(own(x_own), reference)
+                limit = error_limit(dtype, unfused, summands(own), network=path == "network")
                 runs[name] = Fused().prepare(own, x_own, 1)
-                check(path, Fused(), runs[name](), reference, ERROR_BOUNDS[dtype])
+                check(path, Fused(), runs[name](), reference, limit)
             timings = interleave(runs, seconds=m.seconds)
             ratios[path] = {name: timings["float32"].median / timings[name].median for name in timings}
     finally:
         torch.set_num_threads(before)
-    m.content["storage"] = ratios
+    m.content["storage"] = dict(ratios)
+    network = ratios.pop("network")
     for name in list(DTYPES)[1:]:
         path = min(ratios, key=lambda p: ratios[p][name])
         note = f"{path}; median of {len(ratios)} blocks {median(r[name] for r in ratios.values()):.2f}"
+        m.add(f"network in {name}: speed / float32", 1.0, network[name])
         m.add(f"worst block in {name}: speed / float32", 1.0, ratios[path][name], note=note)
 
 

@@ -157,7 +157,11 @@ Plan make_plan(const BlockArgs& a, const PackedLayout& l, int threads) {
   const int64_t least = d.expand ? 1 : 4;
   int64_t group = std::max(kPixels / std::max<int64_t>(a.out_width, 1), least);
   group = clamp(group, 1, std::max<int64_t>(a.out_height, 1));
-  while (group > 1 && rows_of_e(group) * row_of_e * 96 > kRing) --group;
+  // x in 16 bits is copied as fp32: rows few enough for a block of few channels to need no second chunk, which would
+  // read all of that copy again.
+  const bool copied = wide && a.dtype != DType::f32 && l.real_bytes == 4;
+  const int64_t fair = copied && l.hidden_padded <= kWhole ? l.hidden_padded : 96;
+  while (group > 1 && rows_of_e(group) * row_of_e * fair > kRing) --group;
   p.group_rows = ceil_divide(a.out_height, ceil_divide(a.out_height, group));
 
   // Channels a chunk: as equal as panels allow. Wide ones write and read the partial sums less often; from a point on
