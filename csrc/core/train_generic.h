@@ -280,6 +280,8 @@ ALWAYS_INLINE void backward_3x3_runs(const DepthwiseBackward3x3& r, const Open& 
   }
 }
 
+// Columns of a run. With nine sums of gwd, as many of g1 and as many pixels of e leave AVX-512 registers to spare; AVX2
+// keeps some of gwd's in L1, which costs it nothing (6 columns: no faster).
 constexpr int kBackwardRun = 4;
 
 template <int Stride, int Rows, int Count>
@@ -1227,11 +1229,6 @@ struct TrainWork {
            a.stride * plan.pitch, panel.vectors, k * k * V::width, weights, weight_sums, sums, through},
           count);
     };
-    if (k != 3 || a.dilation != 1 || a.stride > 2) {
-      for (int64_t first = 0; first < min64(a.stride, a.width); ++first)
-        columns(first, ceil_div(a.width - first, a.stride));
-      return;
-    }
     // Of stride 2 pairs begin with a column under the middle of the kernel.
     const int64_t first = a.stride == 2 && a.pad_left % 2 == 0, paired = (a.width - first) / a.stride * a.stride;
     const int64_t x = a.stride == 1 ? a.pad_left - 2 : (first + a.pad_left - 1) / 2;
@@ -1246,19 +1243,23 @@ struct TrainWork {
                               weight_sums,
                               sums,
                               through};
+    const bool is_3x3 = k == 3 && a.dilation == 1 && a.stride <= 2;
     int rows = 0;
-    for (int dy = 0; dy < 3; ++dy)
+    for (int dy = 0; is_3x3 && dy < 3; ++dy)
       if (const float* pixels = gradient(dy)) {
         r.g[rows] = pixels + x * plan.pitch;
         r.weights_row[rows++] = dy;
       }
-    constexpr decltype(&backward_3x3<1, 1>) kOfRows[2][4] = {
-        {nullptr, backward_3x3<1, 1>, backward_3x3<1, 2>, backward_3x3<1, 3>},
-        {nullptr, backward_3x3<2, 1>, backward_3x3<2, 2>, nullptr}};
-    const auto backward = kOfRows[a.stride - 1][rows];
-    if (backward && paired) backward(r, paired);
-    for (int64_t c = 0; c < a.width; ++c)
-      if (!backward || c < first || c >= first + paired) columns(c, 1);
+    if (rows == 0) {
+      for (int64_t c = 0; c < min64(a.stride, a.width); ++c) columns(c, ceil_div(a.width - c, a.stride));
+      return;
+    }
+    constexpr decltype(&backward_3x3<1, 1>) kOfRows[2][3] = {
+        {backward_3x3<1, 1>, backward_3x3<1, 2>, backward_3x3<1, 3>},
+        {backward_3x3<2, 1>, backward_3x3<2, 2>, nullptr}};
+    if (paired) kOfRows[a.stride - 1][rows - 1](r, paired);
+    if (first) columns(0, 1);
+    if (first + paired < a.width) columns(a.width - 1, 1);
   }
 
   // The sums of a part and chunk, to the item's.
