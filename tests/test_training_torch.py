@@ -173,10 +173,12 @@ def test_e_is_kept_of_blocks_with_many_channels(geometry: dict[str, int], size: 
     """It changes no bit of the gradients, and the op, which does not keep it, gives the same."""
     cap = _C.max_isa()
     _C.set_max_isa(tier)
-    kept, (y, *grads) = eager_step(96, 112, size, **geometry)
-    assert kept[-1].shape == (size[0], 112, *size[1:]) and kept[-1].dtype == torch.float32
-    kept, (other, *others) = eager_step(96, 112, size, **geometry, op=True)
-    _C.set_max_isa(cap)
+    try:
+        kept, (y, *grads) = eager_step(96, 112, size, **geometry)
+        assert kept[-1].shape == (size[0], 112, *size[1:]) and kept[-1].dtype == torch.float32
+        kept, (other, *others) = eager_step(96, 112, size, **geometry, op=True)
+    finally:
+        _C.set_max_isa(cap)
     assert kept[-1].shape == (96, 96) and torch.equal(y, other)
     assert len(grads) == 10 and all(map(torch.equal, grads, others))
 

@@ -226,10 +226,7 @@ struct Item {
   template <class Epilogue>
   void project_product(const Rows& left, int64_t rows, int64_t v, const Real* w, const Epilogue& epilogue,
                        const Fetch& fetch) const {
-    if (l.out_pairs)
-      paired_product(l.out_pairs, left, rows, w, epilogue, fetch);
-    else
-      product(project_width(v), left, rows, w, epilogue, fetch);
+    product_or_paired(l.out_pairs, project_width(v), left, rows, w, epilogue, fetch);
   }
 
   // What project() reads after a panel of w2: the panel that begins at output vector v, for the same `depth` hidden

@@ -283,6 +283,15 @@ NOINLINE void paired_product(int64_t width, const Rows& a, int64_t rows, const R
                              const Fetch& fetch = {}) {
   product_of_width<true, V::kPairedPanel, Epilogue>(width, a, rows, b, fetch, epilogue);
 }
+// Whichever of the two b is packed for: `pairs` vectors, or 0.
+template <class Epilogue>
+ALWAYS_INLINE void product_or_paired(int64_t pairs, int64_t width, const Rows& a, int64_t rows, const Real* b,
+                                     const Epilogue& epilogue, const Fetch& fetch = {}) {
+  if (pairs)
+    paired_product(pairs, a, rows, b, epilogue, fetch);
+  else
+    product(width, a, rows, b, epilogue, fetch);
+}
 
 // As many floats as hold so many numbers.
 static ALWAYS_INLINE size_t floats_for(int64_t numbers) {

@@ -28,8 +28,8 @@
 // The hidden tensors e, h and their gradients exist only as a few rows of one chunk of channels, like in inference; d
 // is kept if the caller wants (d not null), else computed again from x. So is g2 between the two backward phases, else
 // computed again from gy and z: with few output channels that costs less than to write and read it. And so is e of a
-// block with many input channels. A lone 1x1
-// convolution, a head, is project with d = x, of which gh is the gradient then.
+// block with many input channels. A lone 1x1 convolution, a head, is project with d = x, of which gh is the gradient
+// then.
 //
 // x, d, z, y, gy, gh and gx are dense channels_last in the storage type; g, g2 and e are dense channels_last fp32.
 // Arithmetic is fp32; sums over pixels are fp32 in short runs and fp64 across them.

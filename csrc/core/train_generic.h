@@ -139,7 +139,7 @@ struct Run {
   ALWAYS_INLINE Run(const float* first, int64_t pitch_) : pitch(pitch_) {
     base[0] = first;
     UNROLL for (int i = 1; i < kBases; ++i) {
-      KEEP(base[i - 1]);  // as in depthwise_run()
+      KEEP(base[i - 1]);  // as in depthwise_patch()
       base[i] = base[i - 1] + 3 * pitch;
     }
   }
@@ -257,7 +257,7 @@ ALWAYS_INLINE void backward_3x3_runs(const DepthwiseBackward3x3& r, const Open& 
     UNROLL for (int y = 0; y < Rows; ++y) {
       V::T weights[3];
       UNROLL for (int dx = 0; dx < 3; ++dx) weights[dx] = V::load(w[y] + dx * V::width);
-      // every third pixel in turn, as in depthwise_run(): the next addition to a sum does not wait for the last
+      // every third pixel in turn, as in depthwise_patch(): the next addition to a sum does not wait for the last
       UNROLL for (int first = 0; first < 3; ++first) UNROLL for (int p = first; p < kPixels; p += 3) {
         const V::T pixel = V::load(g[y] + p * pitch);
         UNROLL for (int dx = 2; dx >= 0; --dx) {
@@ -280,8 +280,8 @@ ALWAYS_INLINE void backward_3x3_runs(const DepthwiseBackward3x3& r, const Open& 
   }
 }
 
-// Columns of a run. With nine sums of gwd, as many of g1 and as many pixels of e leave AVX-512 registers to spare; AVX2
-// keeps some of gwd's in L1, which costs it nothing (6 columns: no faster).
+// Columns of a run: besides the nine sums of gwd each takes one of g1 and one of e. AVX-512 has registers to spare then
+// (6 columns were no faster); AVX2 keeps some of gwd's sums in L1, and is as fast as with a pass for gwd alone.
 constexpr int kBackwardRun = 4;
 
 template <int Stride, int Rows, int Count>
@@ -953,15 +953,6 @@ struct TrainWork {
     if (whole) multiply(Rows{first, plan.pitch, plan.pitch, whole, panel_size()}, hidden, fresh);
     if (rest)
       multiply(Rows{first + whole * panel_size(), plan.pitch, rest}, hidden + whole * plan.pitch, fresh && !whole);
-  }
-
-  template <class Epilogue>
-  static ALWAYS_INLINE void product_or_paired(int pairs, int64_t width, const Rows& rows, int64_t pixels,
-                                              const float* w, const Epilogue& epilogue) {
-    if (pairs)
-      paired_product(pairs, rows, pixels, w, epilogue);
-    else
-      product(width, rows, pixels, w, epilogue);
   }
 
   // z += w2 h over a chunk; `to` is the group's first pixel in scratch, `next` that of d where the next group begins.
